@@ -1,0 +1,299 @@
+"""Makes the offline book: executes every notebook that changed, then writes one HTML page for each into _book/.
+
+    python scripts/book.py [--root DIR] [--jobs N]
+
+Notebooks in nbs/ are read, never written. Executed copies go to _book/notebooks/ by a rename at the very end, each with the key of everything it
+was made from, so an interrupted run leaves nothing that a later run would trust.
+"""
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from configparser import ConfigParser
+from importlib.metadata import distributions
+from pathlib import Path
+
+EXECUTION = "1"  # raise it when a change of this script changes what execution gives
+NEEDS = {"gpu": "a GPU", "fulldata": "a full data set", "slow": "more time than the book takes"}
+
+
+# ---------------------------------------------------------------- what there is
+
+def notebooks(root: Path) -> list[Path]:
+    "The chapters in the order of their numbers, the index first."
+    found = [p for p in (root / "nbs").glob("*.ipynb") if p.name[0] not in "._"]
+    return sorted(found, key=lambda p: (p.stem != "index", p.name))
+
+
+def settings(root: Path) -> dict[str, str]:
+    config = ConfigParser(delimiters=["="])
+    config.read(root / "settings.ini", encoding="utf-8")
+    return dict(config["DEFAULT"])
+
+
+def directives(source: str) -> dict[str, str]:
+    "The `#| name value` lines that a cell begins with."
+    found = {}
+    for line in source.splitlines():
+        if match := re.match(r"\s*#\s*\|\s*([\w-]+)\s*:?\s*(.*)", line):
+            found[match[1]] = match[2].strip()
+        elif line.strip():
+            break
+    return found
+
+
+def imported(package: Path, text: str, tree: ast.AST | None = None) -> set[str]:
+    "Names of the modules of `package` that this code imports directly; all of them when that cannot be told."
+    modules = {p.stem for p in package.glob("*.py")}
+    if tree is not None:
+        names = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").split(".")[0] == package.name):
+                inside = (node.module or "").removeprefix(package.name).strip(".")
+                names |= {inside} if inside else {alias.name for alias in node.names}
+            elif isinstance(node, ast.Import):
+                names |= {a.name.split(".")[1] for a in node.names if a.name.startswith(package.name + ".")}
+        return names & modules
+    names = set(re.findall(rf"\b{package.name}\.(\w+)", text)) & modules
+    for plain in re.findall(rf"from\s+{package.name}\s+import\s+(\([^)]*\)|[^\n]*)", text):
+        names |= set(re.findall(r"\w+", plain)) & modules
+    return names
+
+
+def key_of(root: Path, notebook: Path, environment: str) -> str:
+    "Hash of all that decides a notebook's outputs: its cells, the modules behind it, samples, recorded results, versions."
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    code = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+    digest = hashlib.sha256(f"{EXECUTION}\0{environment}\0{os.environ.get('FEEDBACK_NB_DATA', '')}".encode())
+    # a recorded cell is not executed: what it shows is part of the input
+    digest.update(json.dumps([[c["cell_type"], c["source"], c.get("outputs", []) if skipped(root, c) else 0] for c in cells]).encode())
+    package = root / settings(root)["lib_path"]
+    reached, waiting = set(), {"__init__"} | imported(package, code)
+    while waiting:
+        module = waiting.pop()
+        reached.add(module)
+        if (path := package / f"{module}.py").is_file():
+            text = path.read_text(encoding="utf-8")
+            digest.update(f"{module}\0{text}".encode())
+            waiting |= imported(package, text, ast.parse(text)) - reached
+    for folder in ("nbs/samples", "nbs/images", "results"):
+        for path in sorted((root / folder).rglob("*")):
+            if path.is_file():
+                digest.update(str(path.relative_to(root)).encode() + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def skipped(root: Path, cell: dict) -> list[str]:
+    "The flags for which a cell is not executed here; `eval` stands for `#| eval: false`."
+    if cell["cell_type"] != "code":
+        return []
+    found = directives("".join(cell["source"]))
+    return [f for f in settings(root).get("tst_flags", "").split() if f in found] + ["eval"] * (found.get("eval") == "false")
+
+
+def checksum(cells: list) -> str:
+    return hashlib.sha256(json.dumps(cells, sort_keys=True).encode()).hexdigest()
+
+
+def kept(copy: Path, key: str) -> dict | None:
+    "What is known of an executed copy, if it is whole and was made from the same things."
+    try:
+        notebook = json.loads(copy.read_text(encoding="utf-8"))
+        book = notebook["metadata"]["book"]
+        return book if book["key"] == key and book["sum"] == checksum(notebook["cells"]) and not book["failed"] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+# ---------------------------------------------------------------- executing one notebook (its own process)
+
+def execute(root: Path, source: Path, copy: Path, key: str) -> None:
+    "Run `source` in a fresh kernel of this very Python and put the result at `copy`, whole or not at all."
+    import nbformat
+    from jupyter_client.kernelspec import KernelSpec
+    from jupyter_client.manager import AsyncKernelManager
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+
+    start, current, failed = time.perf_counter(), [0], None
+    notebook = nbformat.read(source, as_version=4)
+    notebook.metadata.pop("widgets", None)
+    for cell in notebook.cells:
+        if flags := skipped(root, cell):
+            cell.metadata["tags"] = ["not-run"]
+            cell.metadata["recorded"] = [NEEDS.get(f, f) for f in flags if f != "eval"]
+    with tempfile.TemporaryDirectory() as folder:
+        # nothing of the user's own set-up takes part: no start-up files, no kernel of the same name from elsewhere
+        os.environ["IPYTHONDIR"] = os.environ["JUPYTER_RUNTIME_DIR"] = folder
+        manager = AsyncKernelManager(kernel_name="python3", connection_file=str(Path(folder) / "k.json"))
+        manager._kernel_spec = KernelSpec(argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"], display_name="Python", language="python")
+        if os.name == "posix":
+            manager.transport = "ipc"  # two kernels that start together can then not pick the same port
+        client = NotebookClient(
+            notebook, km=manager, timeout=1200, skip_cells_with_tag="not-run", record_timing=False,
+            resources={"metadata": {"path": str(root / "nbs")}}, on_cell_execute=lambda cell, cell_index: current.__setitem__(0, cell_index),
+        )
+        try:
+            client.execute(stderr=subprocess.DEVNULL)
+        except CellExecutionError as error:
+            failed = [error.ename, error.evalue]
+        except CellTimeoutError:
+            failed = ["Timeout", "the cell ran for more than 20 minutes"]
+        except DeadKernelError:
+            failed = ["DeadKernel", "the kernel died; perhaps there was too little memory"]
+    for cell in notebook.cells:
+        cell.metadata.pop("tags", None)
+    plain = json.loads(nbformat.writes(notebook))
+    plain["metadata"]["book"] = {
+        "key": key, "sum": checksum(plain["cells"]), "seconds": round(time.perf_counter() - start, 1),
+        "failed": failed and {"cell": current[0] + 1, "error": failed, "source": notebook.cells[current[0]].source},
+    }
+    replace(copy, json.dumps(plain, indent=1, ensure_ascii=False) + "\n")
+
+
+def replace(path: Path, text: str) -> None:
+    "Write aside, then rename: a reader finds the old file or the new one, never a part."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------- all of them
+
+def child(*args: object, env: dict[str, str]) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, __file__, *map(str, args)], env=env, capture_output=True, text=True)
+
+
+def run_all(root: Path, out: Path, jobs: int, env: dict[str, str]) -> dict[str, dict]:
+    "Execute what changed, `jobs` at a time, with a line for each notebook; returns name -> what is known of its copy."
+    environment = sys.version + "\n".join(sorted(f"{d.metadata['Name']}=={d.version}" for d in distributions() if d.metadata["Name"] != settings(root)["lib_name"]))
+    paths, state = notebooks(root), {}
+
+    def one(path: Path) -> tuple[Path, dict | None, str, bool]:
+        copy, key = out / "notebooks" / path.name, key_of(root, path, environment)
+        if book := kept(copy, key):
+            return path, book, "", True
+        copy.unlink(missing_ok=True)
+        done = child("--root", root, "--execute", path, copy, key, env=env)
+        book = json.loads(copy.read_text(encoding="utf-8"))["metadata"]["book"] if copy.is_file() else None
+        return path, book, done.stderr, False
+
+    with ThreadPoolExecutor(jobs) as pool:
+        for path, book, error, same in pool.map(one, paths):
+            cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+            recorded = sum(1 for c in cells if [f for f in skipped(root, c) if f != "eval"])
+            took = "kept" if same else f"{book['seconds']:.1f} s" if book else "-"
+            print(f"  {path.stem:<28}{sum(c['cell_type'] == 'code' for c in cells):>4} cells {took:>9}" + (f"   {recorded} recorded" if recorded else ""), flush=True)
+            if book is None:
+                book = {"failed": {"cell": 0, "error": ["NotExecuted", error.strip()[-2000:] or "the run was cut off"], "source": ""}, "sum": ""}
+            if fault := book["failed"]:
+                print(f"    FAILED in cell {fault['cell']}: {': '.join(fault['error'])}")
+                print("".join(f"      | {line}\n" for line in fault["source"].splitlines()), end="", flush=True)
+            state[path.stem] = book
+    return state
+
+
+def write_pages(root: Path, out: Path, state: dict[str, dict], jobs: int, env: dict[str, str]) -> list[str]:
+    "Write the HTML pages that changed; returns what is wrong with them."
+    sys.path.insert(0, str(Path(__file__).parent))
+    import pages
+
+    chapters = pages.contents(root)
+    package = root / settings(root)["lib_path"]
+    common = hashlib.sha256(json.dumps(chapters).encode())
+    for path in [*sorted(Path(__file__).parent.glob("*.py")), Path(__file__).with_name("book.css"), *sorted(package.glob("*.py"))]:
+        common.update(path.read_bytes())
+
+    def one(chapter: dict) -> tuple[str, list[str], bool]:
+        page = out / chapter["page"]
+        source = (root / "nbs" / chapter["notebook"]).read_bytes()
+        key = hashlib.sha256(common.digest() + source + state[chapter["stem"]]["sum"].encode() + json.dumps(state[chapter["stem"]]["failed"]).encode()).hexdigest()
+        if page.is_file() and pages.key_in(page) == key:
+            return chapter["stem"], [], True
+        page.unlink(missing_ok=True)
+        done = child("--root", root, "--page", chapter["stem"], out, key, env=env)
+        faults = [line for line in done.stdout.splitlines() if line]
+        if done.returncode or not page.is_file():
+            faults.append("no page was written: " + (done.stderr.strip().splitlines() or ["no reason given"])[-1])
+        return chapter["stem"], faults, False
+
+    with ThreadPoolExecutor(jobs) as pool:
+        results = list(pool.map(one, chapters))
+    wanted = {c["page"] for c in chapters} | {"index.html"}
+    for page in out.glob("*.html"):
+        if page.name not in wanted:
+            page.unlink()
+    if not any(c["stem"] == "index" for c in chapters):
+        replace(out / "index.html", pages.bare_index(root, chapters))
+    for folder in ("images",):
+        for path in (root / "nbs" / folder).glob("*"):
+            if path.is_file():
+                (out / "notebooks" / folder).mkdir(parents=True, exist_ok=True)
+                (out / "notebooks" / folder / path.name).write_bytes(path.read_bytes())
+    same = sum(unchanged for _, _, unchanged in results)
+    print(f"  pages: {len(results) - same} written, {same} kept", flush=True)
+    return [f"{stem}: {fault}" for stem, faults, _ in results for fault in faults]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parent.parent, help="the project (default: this one)")
+    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="notebooks that run at the same time (default: 2)")
+    parser.add_argument("--execute", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--page", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    root = args.root.resolve()
+    if args.execute:
+        execute(root, Path(args.execute[0]), Path(args.execute[1]), args.execute[2])
+        return 0
+    if args.page:
+        sys.path.insert(0, str(Path(__file__).parent))
+        import pages
+
+        stem, out, key = args.page
+        html, faults = pages.make(root, stem, Path(out), key)
+        replace(Path(out) / html[0], html[1])
+        print("\n".join(faults))
+        return 0
+    start, out = time.perf_counter(), root / "_book"
+    if not notebooks(root):
+        print(f"no notebook in {root / 'nbs'}: nothing to make a book of", file=sys.stderr)
+        return 1
+    env = {k: v for k, v in os.environ.items() if k not in ("MPLBACKEND", "IN_TEST")} | {"TQDM_DISABLE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    if args.jobs > 1:
+        env["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // args.jobs))
+    if data := os.environ.get("FEEDBACK_NB_DATA"):
+        env["FEEDBACK_NB_DATA"] = os.environ["FEEDBACK_NB_DATA"] = os.path.abspath(data)  # kernels run in nbs/
+    print(f"Executing {len(notebooks(root))} notebooks, {args.jobs} at a time; cells flagged {settings(root).get('tst_flags', '')} keep their recorded outputs.", flush=True)
+    (out / "notebooks").mkdir(parents=True, exist_ok=True)
+    for stale in (out / "notebooks").glob("*.ipynb"):
+        if not (root / "nbs" / stale.name).is_file():
+            stale.unlink()
+    state = run_all(root, out, args.jobs, env)
+    faults = write_pages(root, out, state, args.jobs, env)
+    for fault in faults:
+        print(f"    FAULT in {fault}")
+    broken = [stem for stem, book in state.items() if book["failed"]]
+    took = time.perf_counter() - start
+    print(f"The book is at {os.path.relpath(out / 'index.html', Path.cwd())}, made in {took // 60:.0f} min {took % 60:.0f} s." + (f" Did not run to the end: {', '.join(broken)}." if broken else ""))
+    return 1 if broken or faults else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("stopped; what was finished is kept, the next run does the rest")
