@@ -6,7 +6,7 @@
 __all__ = ['find_layers', 'Taps', 'tap', 'edit', 'layer_shapes', 'Splice', 'Call', 'trace_calls', 'settled_before', 'State',
            'relative_change', 'FeedbackModel', 'find_non_finite', 'step_weights', 'stepwise_loss', 'Trajectory']
 
-# %% ../nbs/01_feedback.ipynb #a8c9842d
+# %% ../nbs/01_feedback.ipynb #f021f77f
 import difflib
 import threading
 from contextlib import contextmanager
@@ -19,10 +19,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .fixed_points import Trajectory
 
-# %% ../nbs/01_feedback.ipynb #5fb975ad
+# %% ../nbs/01_feedback.ipynb #e96de243
 _all_ = ["Trajectory"]
 
-# %% ../nbs/01_feedback.ipynb #389ad2e5
+# %% ../nbs/01_feedback.ipynb #494ba6cd
 def find_layers(
     net: nn.Module,  # the network
     names: "list[str] | tuple[str, ...] | str",  # dotted names as `net.named_modules()` spells them
@@ -39,7 +39,7 @@ def find_layers(
         raise ValueError(f"a layer is named twice in {names}; name each layer once")
     return {name: layers[name] for name in names}
 
-# %% ../nbs/01_feedback.ipynb #0c1ce9f6
+# %% ../nbs/01_feedback.ipynb #9a3fc30f
 class Taps(dict):
     """Recorded outputs: `taps[name]` is the output of the last call, `taps.calls[name]` the list of all calls."""
 
@@ -57,6 +57,10 @@ def _no_hook(*args, **kwargs):
     """What a copied or unpickled `_Hook` becomes: it does nothing, so that copies carry no live taps."""
 
 
+def _inert():
+    return _no_hook
+
+
 class _Hook:
     """A forward hook that calls `fn(output)`; copies of the module get an inert one."""
 
@@ -67,7 +71,7 @@ class _Hook:
         return self.fn(output)
 
     def __reduce__(self):
-        return "_no_hook"
+        return _inert, ()
 
 
 @contextmanager
@@ -81,7 +85,7 @@ def _hooked(net, fns):
         for handle in handles:
             handle.remove()
 
-# %% ../nbs/01_feedback.ipynb #f38ed29e
+# %% ../nbs/01_feedback.ipynb #8f195ec2
 @contextmanager
 def tap(
     net: nn.Module,  # the network to look into
@@ -101,7 +105,7 @@ def tap(
     with _hooked(net, {name: recorder(name) for name in names}):
         yield seen
 
-# %% ../nbs/01_feedback.ipynb #823e280a
+# %% ../nbs/01_feedback.ipynb #b30c5fe3
 @contextmanager
 def edit(
     net: nn.Module,  # the network to change
@@ -111,7 +115,7 @@ def edit(
     with _hooked(net, fns):
         yield net
 
-# %% ../nbs/01_feedback.ipynb #caad5234
+# %% ../nbs/01_feedback.ipynb #c1eddee0
 @contextmanager
 def _at_rest(net):
     """Eval mode and no gradients inside the block; every module's own mode is put back after it."""
@@ -140,7 +144,7 @@ def layer_shapes(
                 raise ValueError(f"layer {name!r} did not run in the forward pass of this example; choose a layer that does: {list(seen)[:5]}")
     return {name: tree_map(lambda leaf: leaf.shape if torch.is_tensor(leaf) else leaf, output) for name, output in seen.items()}
 
-# %% ../nbs/01_feedback.ipynb #a71bad03
+# %% ../nbs/01_feedback.ipynb #87056ad8
 class _Switch:
     """Stands in for the `forward` of one layer: passes on, or asks the handler of the running pass."""
 
@@ -201,7 +205,7 @@ class Splice:
 def _fresh_splice():
     return Splice.__new__(Splice)._fresh()
 
-# %% ../nbs/01_feedback.ipynb #fbeb55f1
+# %% ../nbs/01_feedback.ipynb #9f5639ca
 class Call(NamedTuple):
     """One call of one layer in a forward pass."""
 
@@ -259,7 +263,7 @@ def settled_before(
     inside = lambda child: child.startswith(name + ".") or any(child.startswith(parent + ".") for parent in done)
     return [child for child in dict.fromkeys(n for n, _ in order) if child in done and not inside(child)]
 
-# %% ../nbs/01_feedback.ipynb #6b7169e3
+# %% ../nbs/01_feedback.ipynb #95485e62
 class State(NamedTuple):
     """What goes into a step and comes out of it."""
 
@@ -267,7 +271,7 @@ class State(NamedTuple):
     y: Any  # the output they lead to, (B, C) or (B, C, H, W)
     memo: Any = None  # what the plain pass left for the steps to reuse; not part of the iterated state
 
-# %% ../nbs/01_feedback.ipynb #063f9748
+# %% ../nbs/01_feedback.ipynb #b837f83a
 def _per_example(tree):
     """Squared L2 norm of every example over all leaves, (B,), in float32 at least."""
     leaves = [leaf.detach().flatten(1) for leaf in tree_leaves(tree) if torch.is_tensor(leaf)]
@@ -283,7 +287,7 @@ def relative_change(
     moved = _per_example(tree_map(lambda a, b: a.detach() - b.detach(), new, old)).sqrt()
     return moved / _per_example(new).sqrt().clamp_min(torch.finfo(moved.dtype).tiny)
 
-# %% ../nbs/01_feedback.ipynb #f044b06b
+# %% ../nbs/01_feedback.ipynb #481bc104
 def _keep(active, new, old):
     """`new` where an example is active, `old` where it has settled."""
     pick = lambda a, b: torch.where(active.view(-1, *[1] * (a.dim() - 1)), a, b) if torch.is_tensor(a) else a
@@ -295,7 +299,7 @@ def _check_steps(steps):
         raise ValueError(f"steps must be a whole number ≥ 0 (0 is the plain feed-forward pass), got {steps!r}")
     return steps
 
-# %% ../nbs/01_feedback.ipynb #fbc2321e
+# %% ../nbs/01_feedback.ipynb #a5e66fe4
 class FeedbackModel(nn.Module):
     """A network that refines its own hidden states: subclasses write `start(x)` and `step(x, state)`."""
 
@@ -374,7 +378,7 @@ class FeedbackModel(nn.Module):
         if not fine:
             raise FloatingPointError(find_non_finite(self, x, steps, **context))
 
-# %% ../nbs/01_feedback.ipynb #497aa8c4
+# %% ../nbs/01_feedback.ipynb #58b9cb39
 def _bad_examples(tree):
     """Indices of the examples that hold a value that is not finite."""
     bad = [(~leaf.isfinite()).flatten(1).any(1) for leaf in tree_leaves(tree) if torch.is_tensor(leaf) and leaf.is_floating_point() and leaf.dim()]
@@ -411,7 +415,7 @@ def find_non_finite(
             buffer.copy_(before)
     return f"an output was not finite, and was so no more when the {steps} steps were run again (dropout, or a race); {remedy}"
 
-# %% ../nbs/01_feedback.ipynb #4c8b0e9a
+# %% ../nbs/01_feedback.ipynb #94882e74
 def step_weights(
     weights,  # "mean": 1/(T+1) for each; "last": only the answer; or one number for each of the T+1 outputs
     n: int,  # number of outputs, T+1

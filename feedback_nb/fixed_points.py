@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Trajectory', 'NotConverged', 'iterate', 'banach_bounds', 'a_posteriori', 'lipschitz', 'fixed_point']
 
-# %% ../nbs/00_fixed_points.ipynb #afe1c54d
+# %% ../nbs/00_fixed_points.ipynb #9e888402
 import difflib
 import math
 import warnings
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-# %% ../nbs/00_fixed_points.ipynb #fc3a4927
+# %% ../nbs/00_fixed_points.ipynb #77109437
 @dataclass(eq=False)
 class Trajectory:
     "What an iteration did: the states it went through and how far each still was from a fixed point."
@@ -37,11 +37,11 @@ class Trajectory:
         "How many steps were taken; it counts those whose states were not kept."
         return max(len(self.outputs) - 1, len(self.residuals))
 
-# %% ../nbs/00_fixed_points.ipynb #7fb593bc
+# %% ../nbs/00_fixed_points.ipynb #6ca31342
 class NotConverged(UserWarning):
     "An iteration ended before every example reached its tolerance."
 
-# %% ../nbs/00_fixed_points.ipynb #ca5538ec
+# %% ../nbs/00_fixed_points.ipynb #0d01f2ec
 class _Layout:
     "How a state, a tensor or a pytree of tensors, becomes a matrix `(B, n)` and comes back."
 
@@ -63,7 +63,7 @@ class _Layout:
         for leaf in leaves:  # norms and least squares in float32 at least: bfloat16 has three digits
             self.dtype = torch.promote_types(self.dtype, leaf.dtype)
 
-# %% ../nbs/00_fixed_points.ipynb #ac6a3103
+# %% ../nbs/00_fixed_points.ipynb #1f48ab58
 def _pack(layout: _Layout, h: Any) -> Tensor:
     "The state as a matrix `(B, n)`, one row per example."
     rows = zip(tree_flatten(h)[0], layout.widths, strict=True)
@@ -82,7 +82,7 @@ def _select(layout: _Layout, mask: Tensor, a: Any, b: Any) -> Any:
         return torch.where(mask.reshape([-1] + [1] * (x.dim() - 1) if layout.batched else []), x, y)
     return tree_map(pick, a, b)
 
-# %% ../nbs/00_fixed_points.ipynb #4d07273d
+# %% ../nbs/00_fixed_points.ipynb #ced8c799
 def _call(layout: _Layout, f: Callable, h: Any) -> Any:
     "`f(h)`, or a ValueError when it is not a state like `h`, or when `f` wrote into `h`."
     def versions() -> list:
@@ -102,7 +102,7 @@ def _call(layout: _Layout, f: Callable, h: Any) -> Any:
                          "return a new tensor (h + 1, not h.add_(1)).")
     return new
 
-# %% ../nbs/00_fixed_points.ipynb #d14c5252
+# %% ../nbs/00_fixed_points.ipynb #7a8e1dfa
 class _Picard:
     "The plain step `h ← (1 - damping)·f(h) + damping·h`."
 
@@ -115,7 +115,7 @@ class _Picard:
             residual = torch.linalg.vector_norm(_pack(self.layout, new) - _pack(self.layout, h), dim=1)
         return (tree_map(lambda a, b: torch.lerp(a, b, self.damping), new, h) if self.damping else new), residual
 
-# %% ../nbs/00_fixed_points.ipynb #f078f267
+# %% ../nbs/00_fixed_points.ipynb #2691414a
 _SOLVERS = {"picard": _Picard}
 
 
@@ -134,7 +134,7 @@ def _check_options(steps: int, tol: float | None, damping: float, solver: str, m
     if isinstance(memory, bool) or not isinstance(memory, int) or memory < 1:
         raise ValueError(f"memory must be an integer, 1 or more: how many differences Anderson mixes; got {memory!r}.")
 
-# %% ../nbs/00_fixed_points.ipynb #8dbef4d3
+# %% ../nbs/00_fixed_points.ipynb #d4b1b8c7
 def _check_finite(name: str, layout: _Layout, h0: Any, residuals: Tensor) -> None:
     "Raise a FloatingPointError that names the step and the examples that are not finite."
     bad = ~residuals.isfinite()
@@ -148,8 +148,8 @@ def _check_finite(name: str, layout: _Layout, h0: Any, residuals: Tensor) -> Non
         raise FloatingPointError(f"{name}: the state to start from, h0, is not finite{whom}.")
     raise FloatingPointError(
         f"{name}: the state is not finite, or too large to measure, after step {step + 1}{whom}. Look at f for a "
-        "logarithm or a division there; if the iteration runs away, damp it (damping=0.5), try solver='anderson', or make "
-        "f a contraction: lipschitz(f, h) < 1.")
+        "logarithm or a division there; if the iteration runs away, damp it (damping=0.5), try solver='anderson', or "
+        "make f a contraction: lipschitz(f, h) < 1.")
 
 
 def _warn_unless(name: str, converged: Tensor, residuals: Tensor, tol: float) -> None:
@@ -163,7 +163,7 @@ def _warn_unless(name: str, converged: Tensor, residuals: Tensor, tol: float) ->
         "tol, use damping or solver='anderson'; unless lipschitz(f, h) < 1 there may be nothing to converge to.",
         NotConverged, stacklevel=4)
 
-# %% ../nbs/00_fixed_points.ipynb #8408c455
+# %% ../nbs/00_fixed_points.ipynb #f5087c02
 def _run(name: str, f: Callable, h0: Any, steps: int, tol: float | None, damping: float, solver: str, memory: int,
          batched: bool | None, keep: str) -> Trajectory:
     "`iterate` for options that were checked; `name` is who asks, for the messages."
@@ -193,7 +193,7 @@ def _run(name: str, f: Callable, h0: Any, steps: int, tol: float | None, damping
         residuals, n_steps, active = residuals[:, 0], n_steps[0], active[0]
     return Trajectory(outputs, residuals, n_steps=n_steps, converged=None if tol is None else ~active)
 
-# %% ../nbs/00_fixed_points.ipynb #d53c4a68
+# %% ../nbs/00_fixed_points.ipynb #0b5506df
 def iterate(
     f: Callable,  # the map: takes a state, returns one of the same structure, shape and dtype
     h0: Any,  # where to start: a tensor or any pytree of tensors
@@ -219,7 +219,7 @@ def iterate(
         raise ValueError(f"keep must be 'all' or 'last'; got {keep!r}.")
     return _run("iterate", f, h0, steps, tol, damping, solver, memory, batched, keep)
 
-# %% ../nbs/00_fixed_points.ipynb #482430be
+# %% ../nbs/00_fixed_points.ipynb #ee30e5c5
 def _check_q(q: float | Tensor) -> None:
     "Raise a ValueError unless every `q` is in [0, 1)."
     rate = torch.as_tensor(q)
@@ -253,7 +253,7 @@ def a_posteriori(
     _check_q(q)
     return q / (1 - q) * last_step
 
-# %% ../nbs/00_fixed_points.ipynb #0bb57c9b
+# %% ../nbs/00_fixed_points.ipynb #fcf87764
 def _mixing(dG: Tensor, g: Tensor) -> Tensor:
     "Coefficients `(B, m)` of the columns of `dG`, `(B, n, m)`, whose sum comes nearest to `g`, `(B, n)`."
     m = dG.shape[2]
@@ -267,7 +267,7 @@ def _mixing(dG: Tensor, g: Tensor) -> Tensor:
     gamma = torch.linalg.solve_triangular(r, right, upper=True).squeeze(2) / scale.squeeze(1)
     return torch.where(gamma.isfinite().all(1, keepdim=True), gamma, 0.0)
 
-# %% ../nbs/00_fixed_points.ipynb #7efe3e0f
+# %% ../nbs/00_fixed_points.ipynb #2aaaa95f
 class _Anderson:
     "Steps that mix the last `memory` differences; each returns the best state so far and its residual."
 
@@ -309,7 +309,7 @@ class _Anderson:
 
 _SOLVERS["anderson"] = _Anderson
 
-# %% ../nbs/00_fixed_points.ipynb #36f77f7a
+# %% ../nbs/00_fixed_points.ipynb #d23319e2
 def lipschitz(
     f: Callable,  # the map; it may return another shape than it takes
     h: Any,  # where: a tensor or any pytree of tensors
@@ -353,19 +353,7 @@ def _warn_growing(iters: int, growth: Tensor) -> None:
     warnings.warn(f"lipschitz: after {iters} iterations an estimate still grew by {float(growth.max()):.1e} of itself "
                   "per iteration, so it is too small. Raise iters or tol.", NotConverged, stacklevel=3)
 
-# %% ../nbs/00_fixed_points.ipynb #d233cbab
-class _Stop(torch.autograd.Function):
-    "The identity, whose gradient ends here: the fixed point does not depend on where the search for it began."
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> None:
-        return None
-
-# %% ../nbs/00_fixed_points.ipynb #bf6b79bc
+# %% ../nbs/00_fixed_points.ipynb #8071aa6e
 class _Implicit(torch.autograd.Function):
     "Hands `values` on; backward turns the gradient at the fixed point into the one that enters `f` there."
 
@@ -375,11 +363,13 @@ class _Implicit(torch.autograd.Function):
         return tuple(value.clone() for value in values)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, *grads: Tensor) -> tuple:
+        if torch.is_grad_enabled():  # create_graph: the second derivative would miss how h* moves, and look fine
+            raise RuntimeError("fixed_point has no gradients of gradients: call backward or grad without create_graph, "
+                               "or unroll with iterate(f, h0, solver='picard').")
         return None, None, *ctx.solve(grads)
 
-# %% ../nbs/00_fixed_points.ipynb #aadda19d
+# %% ../nbs/00_fixed_points.ipynb #c98127f2
 def _adjoint(layout: _Layout, hs: list, ys: list, options: dict) -> Callable:
     "The function that solves `g = v + Jᵀg` for the gradient `v` at the fixed point, `J` the Jacobian of `ys` by `hs`."
     live = [i for i, y in enumerate(ys) if y.requires_grad]
@@ -388,8 +378,7 @@ def _adjoint(layout: _Layout, hs: list, ys: list, options: dict) -> Callable:
         v = _pack(layout, tree_unflatten(list(grads), layout.spec))
         # Relative to each example's own gradient: a loss divided by the batch size must not look converged.
         scale = torch.linalg.vector_norm(v, dim=1, keepdim=True)
-        known = scale.isfinite()  # the others go through as they are: mixed-precision training skips such a step
-        unit = torch.where(known & (scale > 0), v / scale, 0.0)
+        unit = torch.where(scale.isfinite() & (scale > 0), v / scale, 0.0)
 
         def step(g: Tensor) -> Tensor:
             parts = tree_flatten(_unpack(layout, g))[0]
@@ -398,10 +387,11 @@ def _adjoint(layout: _Layout, hs: list, ys: list, options: dict) -> Callable:
             return unit + _pack(layout, tree_unflatten(list(parts), layout.spec))
 
         g = _run("fixed_point, gradient", step, unit, **options, batched=True, keep="last").output
-        return tree_flatten(_unpack(layout, torch.where(known, g * scale, v)))[0]
+        # Not finite in, not finite out (0·inf): mixed-precision training looks for that to skip a step.
+        return tree_flatten(_unpack(layout, g * scale))[0]
     return solve
 
-# %% ../nbs/00_fixed_points.ipynb #67c50831
+# %% ../nbs/00_fixed_points.ipynb #4dcb7995
 def fixed_point(
     f: Callable,  # the map: takes a state, returns one of the same structure, shape and dtype
     h0: Any,  # where to start: a tensor or any pytree of tensors; no gradient flows to it
@@ -419,7 +409,7 @@ def fixed_point(
     """A fixed point of `f`, differentiable in every tensor that `f` closes over, in the memory of one evaluation.
 
     The gradient comes from the implicit function theorem: it is that of the fixed point, not of the steps that led there,
-    and it is as good as the state is near. Gradients of gradients are not supported. Examples must not influence each
+    and it is as good as the state is near. Gradients of gradients raise a RuntimeError. Examples must not influence each
     other in `f`; where they do, say `batched=False`. Raises and warns like `iterate`, forward and backward.
     """
     options = {"damping": damping, "solver": solver, "memory": memory}
@@ -432,7 +422,7 @@ def fixed_point(
     if torch.is_grad_enabled():
         layout = _Layout(h0, batched)
         values = [leaf.detach() for leaf in tree_flatten(found.output)[0]]
-        hs = [_Stop.apply(leaf.clone().requires_grad_()) for leaf in values]
+        hs = [leaf.clone().requires_grad_() for leaf in values]  # new leaves: nothing flows on to h0
         ys = tree_flatten(_call(layout, f, tree_unflatten(hs, layout.spec)))[0]
         if any(y.requires_grad for y in ys):
             ends = _Implicit.apply(_adjoint(layout, hs, ys, {**options, **back}), values, *ys)

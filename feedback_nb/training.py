@@ -7,7 +7,7 @@ __all__ = ['OPTIMIZERS', 'SCHEDULES', 'seed_all', 'kept_random_state', 'batch_or
            'evaluate', 'History', 'CheckpointError', 'load_checkpoint', 'make_optimizer', 'make_schedule',
            'first_non_finite', 'fit']
 
-# %% ../nbs/03_training.ipynb #7310b2f3
+# %% ../nbs/03_training.ipynb #3518dd21
 import contextlib
 import functools
 import hashlib
@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from .feedback import FeedbackModel, stepwise_loss
 
-# %% ../nbs/03_training.ipynb #dc93f83b
+# %% ../nbs/03_training.ipynb #52405595
 def seed_all(
     *key,  # what the random numbers belong to, e.g. (seed, "step", 17): equal keys give equal numbers
     device: torch.device | str = "cpu",  # also seeds this device's generator
@@ -67,7 +67,7 @@ def kept_random_state(
             if numpy:
                 numpy.random.set_state(legacy)
 
-# %% ../nbs/03_training.ipynb #12226ab8
+# %% ../nbs/03_training.ipynb #99763cc7
 def batch_order(
     n: int,  # number of examples
     batch_size: int,  # examples in a batch at most; all batches are of nearly equal size
@@ -88,7 +88,7 @@ def batch_order(
     # equal shares: a last batch of one example would make batch normalisation fail
     return [part.tolist() for part in order.tensor_split(math.ceil(n / batch_size))]
 
-# %% ../nbs/03_training.ipynb #90364fbe
+# %% ../nbs/03_training.ipynb #f3932e48
 class _Fetch(Dataset):
     """Answers a DataLoader's request for a batch by one index operation where the data set can."""
 
@@ -117,7 +117,7 @@ class _Fetch(Dataset):
 def _as_it_is(batch):
     return batch
 
-# %% ../nbs/03_training.ipynb #4e38d63f
+# %% ../nbs/03_training.ipynb #66261178
 def batches(
     data: "Dataset | DataLoader",  # a Dataset of (input, target), or a DataLoader, taken as it is
     batch_size: int = 128,  # examples per batch over all processes together; not used for a DataLoader
@@ -141,7 +141,7 @@ def batches(
     for share, (indices, batch) in zip(shares, loader):
         yield indices, share, batch
 
-# %% ../nbs/03_training.ipynb #4300b6b6
+# %% ../nbs/03_training.ipynb #d544cad3
 def _pairs(loader):  # what a DataLoader hands over must be a pair as well
     for batch in loader:
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
@@ -164,7 +164,7 @@ def _loader_batches(loader, seed, epoch, start):
         if k >= start:
             yield None, 1.0, batch
 
-# %% ../nbs/03_training.ipynb #c0122ea6
+# %% ../nbs/03_training.ipynb #16df44ed
 def accuracy(
     output: torch.Tensor,  # logits, (B, C) or (B, C, H, W)
     target: torch.Tensor,  # class numbers, int, (B,) or (B, H, W)
@@ -189,7 +189,7 @@ def _scores(output, target, loss, metrics):
         raise ValueError(f"the loss must be one number (the mean over the batch), got shape {tuple(values[0].shape)}; use reduction='mean'")
     return torch.stack([value.detach().to(_wide(output.device)) for value in values])
 
-# %% ../nbs/03_training.ipynb #a4629fa3
+# %% ../nbs/03_training.ipynb #64c3ef94
 def _totals(model, source, steps, loss, metrics, device):
     """Sums over examples, (T+1, 2 + metrics), one row for each output of a feedback model, and the number of examples."""
     totals, n = None, 0
@@ -207,7 +207,7 @@ def _totals(model, source, steps, loss, metrics, device):
 def _to(device, batch):
     return tree_map(lambda leaf: leaf.to(device, non_blocking=True) if torch.is_tensor(leaf) else leaf, batch)
 
-# %% ../nbs/03_training.ipynb #9efc635c
+# %% ../nbs/03_training.ipynb #9fb4bd59
 @contextlib.contextmanager
 def kept_modes(
     model: nn.Module,  # the model
@@ -220,7 +220,7 @@ def kept_modes(
         for module, mode in modes:
             module.training = mode
 
-# %% ../nbs/03_training.ipynb #0ec42f51
+# %% ../nbs/03_training.ipynb #177a3023
 @torch.no_grad()
 def evaluate(
     model: nn.Module,  # a FeedbackModel or any module from inputs to outputs
@@ -248,7 +248,7 @@ def evaluate(
     rows = [{"step": t, **dict(zip(names, row))} for t, row in enumerate((totals / n).tolist())]
     return {**{name: rows[-1][name] for name in names}, "n": n, "per_step": rows}
 
-# %% ../nbs/03_training.ipynb #7a49d2d4
+# %% ../nbs/03_training.ipynb #85199226
 class History:
     """What a training run left behind: one row per epoch."""
 
@@ -282,7 +282,7 @@ class History:
     def _repr_html_(self):
         return self.frame.to_html(index=False, float_format="{:.4g}".format, border=0) if self.rows else None
 
-# %% ../nbs/03_training.ipynb #aa146ac3
+# %% ../nbs/03_training.ipynb #0d6d165f
 class CheckpointError(RuntimeError):
     """A checkpoint is damaged, of another model or of another run; the message says which and what to do."""
 
@@ -323,7 +323,7 @@ def _write(folder, name, files):
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
-# %% ../nbs/03_training.ipynb #2e1cd645
+# %% ../nbs/03_training.ipynb #4cecc677
 def _check(path):
     """Raise CheckpointError unless every file of a checkpoint is as it was written."""
     remedy = f"remove {path} to go on from an earlier checkpoint, or train in a new folder"
@@ -361,7 +361,7 @@ def _newest(folder):
         return path
     raise damaged[0] if damaged else CheckpointError(f"no checkpoint in {folder}; fit(…, checkpoint={str(folder)!r}) writes them")
 
-# %% ../nbs/03_training.ipynb #cf941e92
+# %% ../nbs/03_training.ipynb #9f2a10fb
 def _read_run(path):
     return json.loads((path / "run.json").read_text())
 
@@ -372,7 +372,7 @@ def _read_state(path):
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path / 'state.pt'} holds more than tensors and plain values, and none of it was run: {str(error).splitlines()[0]}") from None
 
-# %% ../nbs/03_training.ipynb #03d6d211
+# %% ../nbs/03_training.ipynb #455b2b5a
 def _load_weights(model, path):
     """Load a safetensors file into the model; CheckpointError names the first key or shape that differs."""
     from safetensors import safe_open
@@ -410,7 +410,7 @@ def load_checkpoint(
     _load_weights(model, averaged if averaged.exists() else path / "model.safetensors")
     return _read_run(path)
 
-# %% ../nbs/03_training.ipynb #087af69a
+# %% ../nbs/03_training.ipynb #c87b04db
 OPTIMIZERS = {
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
@@ -441,7 +441,7 @@ def _step_down(optimizer, steps):
 
 SCHEDULES = {"cosine": _cosine, "warmup-cosine": _warmup_cosine, "one-cycle": _one_cycle, "step": _step_down}
 
-# %% ../nbs/03_training.ipynb #2d4d3c43
+# %% ../nbs/03_training.ipynb #0aa01702
 def make_optimizer(
     model: nn.Module,  # its parameters with requires_grad are trained
     optimizer,  # "adam", "adamw", "rmsprop", "sgd" (Nesterov momentum 0.9), or a function from parameters to an Optimizer
@@ -474,7 +474,7 @@ def make_schedule(
         raise ValueError(f"unknown schedule {schedule!r}; choose one of {sorted(SCHEDULES)}, None, or pass a function from the optimiser to a scheduler")
     return SCHEDULES[schedule](optimizer, steps)
 
-# %% ../nbs/03_training.ipynb #b4a04fd3
+# %% ../nbs/03_training.ipynb #0d27b2d5
 def _bad(tree):
     """Does the tree hold a value that is not finite?"""
     return any(not bool(leaf.detach().isfinite().all()) for leaf in tree_leaves(tree) if torch.is_tensor(leaf) and leaf.is_floating_point())
@@ -484,7 +484,7 @@ def first_non_finite(
     model: nn.Module,  # the model to look into
     forward,  # () -> anything: runs the pass again, on the same numbers
     inputs=None,  # the batch, looked at before the pass
-) -> str:  # what was not finite first, in words
+) -> str | None:  # what was not finite first, in words; None: inputs and outputs all are
     """Run a pass with an ear at every module and name the first that puts out a value that is not finite."""
     if _bad(inputs):
         return "the input batch itself"
@@ -506,10 +506,21 @@ def first_non_finite(
     finally:
         for handle in handles:
             handle.remove()
-    gradients = (f"the gradient of parameter {name!r}" for name, p in model.named_parameters() if p.grad is not None and _bad(p.grad))
-    return found[0] if found else next(gradients, "the loss (every module's output is finite)")
+    return found[0] if found else None
 
-# %% ../nbs/03_training.ipynb #5be3fa46
+# %% ../nbs/03_training.ipynb #e28992ef
+def _rejoin(cpu):
+    """After a restart by torchrun, meet under a name of its own: torchrun's store still holds the addresses of the dead processes."""
+    from torch import distributed
+
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or distributed.is_initialized():
+        return
+    store = distributed.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    distributed.init_process_group("gloo" if cpu else None, store=distributed.PrefixStore(f"attempt {attempt}", store),
+                                   rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
+
+# %% ../nbs/03_training.ipynb #06de6ef7
 @contextlib.contextmanager
 def _accelerator(device, precision, tracker, folder):
     """An Accelerator of our own; accelerate's process-wide state is put back afterwards."""
@@ -517,6 +528,8 @@ def _accelerator(device, precision, tracker, folder):
     from accelerate.state import AcceleratorState, GradientState, PartialState
     from accelerate.utils import GradientAccumulationPlugin, patch_environment
 
+    if isinstance(tracker, str) and folder is None:
+        raise ValueError(f"tracker={tracker!r} needs a place for its files: give fit a checkpoint= folder, or pass a tracker object of accelerate")
     if precision not in (None, "no", "bf16", "fp16"):
         raise ValueError(f"precision must be None, 'bf16' or 'fp16', got {precision!r}")
     device = torch.device(device) if device is not None else None
@@ -531,6 +544,7 @@ def _accelerator(device, precision, tracker, folder):
     try:
         for state in shared:
             state.clear()
+        _rejoin(cpu)
         with patch_environment(**place):
             accelerator = Accelerator(cpu=cpu, mixed_precision=precision, log_with=tracker, project_dir=folder,
                                       gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1))
@@ -540,7 +554,7 @@ def _accelerator(device, precision, tracker, folder):
             state.clear()
             state.update(old)
 
-# %% ../nbs/03_training.ipynb #24987f83
+# %% ../nbs/03_training.ipynb #2f02691c
 def _name(thing):
     """What a setting is called in a checkpoint: plain values as they are, functions by name."""
     if isinstance(thing, functools.partial):
@@ -576,7 +590,7 @@ def _provenance():
         commit = None
     return {"versions": versions, "commit": commit}
 
-# %% ../nbs/03_training.ipynb #89398a53
+# %% ../nbs/03_training.ipynb #430fc76d
 def _pair(data):
     """(train, valid) from what was passed as data."""
     train, valid = data if isinstance(data, tuple) else (data, None)
@@ -587,7 +601,7 @@ def _pair(data):
             raise ValueError("a stream (IterableDataset) has no fixed order to resume in; use a Dataset with a length")
     return train, valid
 
-# %% ../nbs/03_training.ipynb #e379179c
+# %% ../nbs/03_training.ipynb #ccf36cb3
 def _prepare(o, accelerator):
     """Everything a run needs, at its beginning."""
     run = SimpleNamespace(accelerator=accelerator, options=o, model=o.model.to(accelerator.device), folder=o.checkpoint and Path(o.checkpoint))
@@ -609,7 +623,7 @@ def _prepare(o, accelerator):
     run.settings, run.provenance = _settings(o, run), _provenance()
     return run
 
-# %% ../nbs/03_training.ipynb #00bf681b
+# %% ../nbs/03_training.ipynb #21a3a602
 def _average(model, decay):
     """An exponential moving average of weights and buffers."""
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -625,13 +639,13 @@ def _runner(run):
             torch.distributed.broadcast(tensor.data, 0)
     elif run.world > 1:
         ids = [run.accelerator.device] if run.accelerator.device.type == "cuda" else None
-        # an adapter that a step does not reach has no gradient: without the search DDP would stop there
-        runner = nn.parallel.DistributedDataParallel(runner, device_ids=ids, find_unused_parameters=True)
+        # an adapter that no step reaches has no gradient: without the search DDP would stop there
+        runner = nn.parallel.DistributedDataParallel(runner, device_ids=ids, find_unused_parameters=isinstance(runner, FeedbackModel))
     if run.options.compile:
         runner = torch.compile(runner, **({"backend": run.options.compile} if isinstance(run.options.compile, str) else {}))
     return runner
 
-# %% ../nbs/03_training.ipynb #e8a73cbd
+# %% ../nbs/03_training.ipynb #4cffd115
 def _backward(run, x, y, share):
     """Add `share` times the gradient of the mean loss on (x, y); returns loss and accuracy."""
     with run.accelerator.autocast():
@@ -662,7 +676,7 @@ def _local_backward(run, x, y, share):
             p.grad = old
     return torch.as_tensor(loss, device=x.device).detach(), torch.full((), float("nan"), device=x.device)
 
-# %% ../nbs/03_training.ipynb #e0cd3225
+# %% ../nbs/03_training.ipynb #a99e0b51
 def _gradients(run, x, y, share):
     """Gradients of one batch, in `accumulate` pieces; returns (loss, accuracy, gradient norm) as numbers."""
     backward, scores = _local_backward if run.local else _backward, 0.0
@@ -683,7 +697,7 @@ def _gradients(run, x, y, share):
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     return [*scores.tolist(), float(norm)]
 
-# %% ../nbs/03_training.ipynb #552d4ea3
+# %% ../nbs/03_training.ipynb #710f7de1
 def _not_finite(run, indices, x, y, loss, norm, error=None):
     """The FloatingPointError for a step whose loss or gradient is not finite: which step, which examples, which module."""
     o = run.options
@@ -696,12 +710,14 @@ def _not_finite(run, indices, x, y, loss, norm, error=None):
                 run.model.local_backward(xs, ys) if run.local else run.model(xs)
 
     where = first_non_finite(run.model, again, x)
+    if where is None and math.isfinite(loss):
+        where = next((f"the gradient of parameter {name!r}" for name, p in run.model.named_parameters() if p.grad is not None and _bad(p.grad)), None)
     run.optimizer.zero_grad()
     which = f"examples {', '.join(map(str, indices[:8]))}{' …' if len(indices) > 8 else ''}" if indices else "examples as the DataLoader drew them"
     what = f"the loss is {loss}" if not math.isfinite(loss) else f"the loss is {loss:.4g} but the norm of its gradient is {norm}"
     found = FloatingPointError(
         f"training stopped in epoch {run.epoch}, step {run.step} (batch {run.batch} of {run.n_batches}: {which}): {error or what}. "
-        f"Not finite first: {where}. The parameters are those before this step. Lower lr, set clip=1.0, or look at these examples (error.indices)")
+        f"Not finite first: {where or 'the loss (the output of every module is finite)'}. The parameters are those before this step. Lower lr, set clip=1.0, or look at these examples (error.indices)")
     found.indices, found.step, found.epoch = indices, run.step, run.epoch
     return found
 
@@ -718,7 +734,7 @@ def _too_big(run, x, error):
     return (f"out of memory in epoch {run.epoch}, step {run.step}, with batch_size={now}"
             f"{f' in {pieces} pieces' if pieces > 1 else ''} on {run.accelerator.device}: {advice}. ({str(error).splitlines()[0]})")
 
-# %% ../nbs/03_training.ipynb #ccade412
+# %% ../nbs/03_training.ipynb #a11e4248
 def _train_batch(run, indices, share, batch):
     """One optimiser step."""
     o, device = run.options, run.accelerator.device
@@ -751,7 +767,7 @@ def _train_batch(run, indices, share, batch):
     run.step, run.batch = run.step + 1, run.batch + 1
     return loss, hits
 
-# %% ../nbs/03_training.ipynb #a1540eff
+# %% ../nbs/03_training.ipynb #467a0d14
 def _summed(run, values):
     """Sums over all processes, as numbers."""
     if run.world == 1:
@@ -791,7 +807,7 @@ def _finish_epoch(run, began):
     answers = [bool(callback(History(run.rows), run.model)) for callback in run.options.callbacks]
     run.stopped = _summed(run, [float(any(answers))])[0] > 0
 
-# %% ../nbs/03_training.ipynb #ab72953c
+# %% ../nbs/03_training.ipynb #9da05986
 def _save(run):
     """Write a checkpoint of this moment; keeps the newest two and the best."""
     if run.folder is None:
@@ -826,7 +842,7 @@ def _prune(folder):
             doomed = path.rename(folder / f".{path.name}.old")  # so that one removed by half is never taken for a checkpoint
             shutil.rmtree(doomed, ignore_errors=True)
 
-# %% ../nbs/03_training.ipynb #74366a1b
+# %% ../nbs/03_training.ipynb #6c0a1e52
 def _resume(run):
     """Go on from the newest intact checkpoint, if there is one; refuses another model's or another run's."""
     if run.folder is None:
@@ -863,7 +879,7 @@ def _resume(run):
         for damaged in [other for other in _saved(run.folder) if other.name > path.name]:
             damaged.rename(damaged.with_name(f"damaged-{damaged.name}-{time.time_ns()}"))
 
-# %% ../nbs/03_training.ipynb #5d7e3c97
+# %% ../nbs/03_training.ipynb #0758236a
 def _refuse_other(run, path, about):
     """CheckpointError with the differences unless the checkpoint belongs to a run of the same settings."""
     then, now = about["settings"], json.loads(json.dumps(run.settings))
@@ -875,7 +891,7 @@ def _refuse_other(run, path, about):
     if different:
         raise CheckpointError(f"{path} belongs to a run with other settings ({'; '.join(different)}); use the same settings to go on, or another folder")
 
-# %% ../nbs/03_training.ipynb #5be65343
+# %% ../nbs/03_training.ipynb #27b484cd
 def _train(run):
     """Epochs until the end; returns the history."""
     from tqdm.auto import tqdm
@@ -900,7 +916,7 @@ def _train(run):
         run.model.load_state_dict(run.average.module.state_dict())
     return History(run.rows)
 
-# %% ../nbs/03_training.ipynb #92f189e0
+# %% ../nbs/03_training.ipynb #42a9680d
 @contextlib.contextmanager
 def _locked(folder):
     """One run at a time in a folder; the lock dies with the process that holds it."""
@@ -939,7 +955,7 @@ def _check_options(o):
     if hasattr(o.model, "local_backward") and (o.compile or o.precision == "fp16"):
         raise ValueError("a model with its own backward pass is neither compiled nor trained in fp16; leave compile out and use precision='bf16'")
 
-# %% ../nbs/03_training.ipynb #873ca30d
+# %% ../nbs/03_training.ipynb #5b8afb9f
 def fit(
     model: nn.Module,  # a FeedbackModel (loss of every step), any module from inputs to outputs, or one with local_backward(x, y) -> loss
     data,  # (train, valid) or train alone; each a Dataset of (input, target) or a DataLoader, taken as it is
@@ -976,7 +992,7 @@ def fit(
         with _locked(checkpoint if accelerator.is_main_process else None):
             return _guarded(_prepare(o, accelerator))
 
-# %% ../nbs/03_training.ipynb #2457d462
+# %% ../nbs/03_training.ipynb #fb2c656c
 def _guarded(run):
     """Resume and train; whatever ends it, trackers are closed, and an interruption says how to go on."""
     o, accelerator, run.saved = run.options, run.accelerator, False

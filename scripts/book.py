@@ -17,8 +17,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from configparser import ConfigParser
+from contextlib import contextmanager
 from importlib.metadata import distributions
 from pathlib import Path
 
@@ -75,7 +77,7 @@ def key_of(root: Path, notebook: Path, environment: str) -> str:
     code = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
     digest = hashlib.sha256(f"{EXECUTION}\0{environment}\0{os.environ.get('FEEDBACK_NB_DATA', '')}".encode())
     # a recorded cell is not executed: what it shows is part of the input
-    digest.update(json.dumps([[c["cell_type"], c["source"], c.get("outputs", []) if skipped(root, c) else 0] for c in cells]).encode())
+    digest.update(json.dumps([["".join(c["source"]), c["outputs"] if skipped(root, c) else 0] for c in cells if c["cell_type"] == "code"]).encode())
     package = root / settings(root)["lib_path"]
     reached, waiting = set(), {"__init__"} | imported(package, code)
     while waiting:
@@ -104,14 +106,21 @@ def checksum(cells: list) -> str:
     return hashlib.sha256(json.dumps(cells, sort_keys=True).encode()).hexdigest()
 
 
-def kept(copy: Path, key: str) -> dict | None:
-    "What is known of an executed copy, if it is whole and was made from the same things."
+def kept(source: Path, copy: Path, key: str) -> dict | None:
+    "What is known of an executed copy, if it is whole and was made from the same code; the text around the code is brought up to date."
     try:
         notebook = json.loads(copy.read_text(encoding="utf-8"))
         book = notebook["metadata"]["book"]
-        return book if book["key"] == key and book["sum"] == checksum(notebook["cells"]) and not book["failed"] else None
+        if book["key"] != key or book["sum"] != checksum(notebook["cells"]) or book["failed"]:
+            return None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    executed = iter([c for c in notebook["cells"] if c["cell_type"] == "code"])
+    cells = [next(executed) if c["cell_type"] == "code" else c for c in json.loads(source.read_text(encoding="utf-8"))["cells"]]
+    if cells != notebook["cells"]:
+        notebook["cells"], book["sum"] = cells, checksum(cells)
+        replace(copy, json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
+    return book
 
 
 # ---------------------------------------------------------------- executing one notebook (its own process)
@@ -177,6 +186,18 @@ def child(*args: object, env: dict[str, str]) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, __file__, *map(str, args)], env=env, capture_output=True, text=True)
 
 
+@contextmanager
+def in_turn(jobs: int) -> Iterator[ThreadPoolExecutor]:
+    "A pool that starts nothing new once something was raised, Ctrl-C included."
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        yield pool
+    except BaseException:
+        pool.shutdown(cancel_futures=True)
+        raise
+    pool.shutdown()
+
+
 def run_all(root: Path, out: Path, jobs: int, env: dict[str, str]) -> dict[str, dict]:
     "Execute what changed, `jobs` at a time, with a line for each notebook; returns name -> what is known of its copy."
     environment = sys.version + "\n".join(sorted(f"{d.metadata['Name']}=={d.version}" for d in distributions() if d.metadata["Name"] != settings(root)["lib_name"]))
@@ -184,14 +205,14 @@ def run_all(root: Path, out: Path, jobs: int, env: dict[str, str]) -> dict[str, 
 
     def one(path: Path) -> tuple[Path, dict | None, str, bool]:
         copy, key = out / "notebooks" / path.name, key_of(root, path, environment)
-        if book := kept(copy, key):
+        if book := kept(path, copy, key):
             return path, book, "", True
         copy.unlink(missing_ok=True)
         done = child("--root", root, "--execute", path, copy, key, env=env)
         book = json.loads(copy.read_text(encoding="utf-8"))["metadata"]["book"] if copy.is_file() else None
         return path, book, done.stderr, False
 
-    with ThreadPoolExecutor(jobs) as pool:
+    with in_turn(jobs) as pool:
         for path, book, error, same in pool.map(one, paths):
             cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
             recorded = sum(1 for c in cells if [f for f in skipped(root, c) if f != "eval"])
@@ -230,7 +251,7 @@ def write_pages(root: Path, out: Path, state: dict[str, dict], jobs: int, env: d
             faults.append("no page was written: " + (done.stderr.strip().splitlines() or ["no reason given"])[-1])
         return chapter["stem"], faults, False
 
-    with ThreadPoolExecutor(jobs) as pool:
+    with in_turn(jobs) as pool:
         results = list(pool.map(one, chapters))
     wanted = {c["page"] for c in chapters} | {"index.html"}
     for page in out.glob("*.html"):

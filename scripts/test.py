@@ -1,0 +1,49 @@
+"""All tests: each notebook's own in a process of its own (nbdev_test), two at a time, then pytest.
+
+    python scripts/test.py [pytest's arguments]
+"""
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from book import in_turn, notebooks
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def one(path: Path) -> tuple[Path, int, str, float]:
+    "nbdev_test re-uses its workers, so what one notebook leaves behind would reach the next: hence one process for each."
+    start = time.perf_counter()
+    code = "import sys; from nbdev.test import nbdev_test; nbdev_test.__wrapped__(path=sys.argv[1], n_workers=0)"
+    done = subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, capture_output=True, text=True)
+    return path, done.returncode, done.stdout + done.stderr, time.perf_counter() - start
+
+
+def main() -> int:
+    start = time.perf_counter()
+    os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "MPLBACKEND": "Agg"}
+    if data := os.environ.get("FEEDBACK_NB_DATA"):
+        os.environ["FEEDBACK_NB_DATA"] = os.path.abspath(data)  # notebooks run in nbs/
+    jobs, failed = min(2, os.cpu_count() or 1), []
+    paths = notebooks(ROOT)
+    print(f"Testing {len(paths)} notebooks, {jobs} at a time.", flush=True)
+    with in_turn(jobs) as pool:
+        for path, code, said, seconds in pool.map(one, paths):
+            print(f"  {path.stem:<28}{'ok' if code == 0 else 'FAILED':>7} {seconds:>7.1f} s", flush=True)
+            if code:
+                failed.append(path.name)
+                print("".join(f"    | {line}\n" for line in said.strip().splitlines()), end="", flush=True)
+    print(f"Notebooks: {len(paths) - len(failed)} passed, {len(failed)} failed in {time.perf_counter() - start:.0f} s." + (f" Failed: {', '.join(failed)}." if failed else ""), flush=True)
+    tests = subprocess.run([sys.executable, "-m", "pytest", "-q", "-n", str(jobs), *sys.argv[1:]], cwd=ROOT)
+    return 1 if failed else tests.returncode
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,292 @@
+"""The shared idea: taps and edits of named layers, silent splices, the loop, the loss over steps."""
+
+import copy
+import pickle
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.testing import assert_close
+
+from feedback_nb.feedback import FeedbackModel, Splice, State, edit, layer_shapes, relative_change, settled_before, step_weights, stepwise_loss, tap, trace_calls
+
+
+class Odd(nn.Module):
+    """A layer used twice, a layer that returns a tuple, a layer that never runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.twice, self.rnn, self.spare, self.out = nn.Linear(6, 6), nn.LSTM(6, 4, batch_first=True), nn.Linear(1, 1), nn.Linear(4, 3)
+
+    def forward(self, x):
+        h, _ = self.rnn(torch.tanh(self.twice(torch.tanh(self.twice(x)))))
+        return self.out(h[:, -1])
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return Odd()
+
+
+@pytest.fixture
+def x():
+    return torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(1))
+
+
+def hooks(net):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in net.modules())
+
+
+def test_tap_sees_every_call_and_tuples(net, x):
+    with tap(net, ["twice", "rnn", "out"]) as seen:
+        y = net(x)
+    assert seen["out"] is y
+    assert len(seen.calls["twice"]) == 2 and seen["twice"] is seen.calls["twice"][1]
+    assert_close(seen.calls["twice"][0], net.twice(x))
+    sequence, (h, c) = seen["rnn"]
+    assert sequence.shape == (2, 5, 4) and h.shape == (1, 2, 4)
+    assert hooks(net) == 0
+
+
+def test_edit_changes_tuples_and_every_call(net, x):
+    with edit(net, {"rnn": lambda out: (torch.zeros_like(out[0]), out[1])}):
+        assert_close(net(x), net.out.bias.expand(2, 3))
+    with edit(net, {"twice": torch.zeros_like}), tap(net, "twice") as seen:
+        net(x)
+    assert all(not call.any() for call in seen.calls["twice"])
+
+
+@pytest.mark.parametrize("manager", [lambda net: tap(net, ["twice"]), lambda net: edit(net, {"twice": lambda h: h})])
+def test_hooks_are_removed_when_the_pass_raises(net, manager):
+    with pytest.raises(RuntimeError), manager(net):
+        net(torch.randn(2, 5, 7))
+    assert hooks(net) == 0
+
+
+def test_unknown_names_list_close_ones_and_leave_nothing(net):
+    with pytest.raises(ValueError, match=r"no layer 'twic'.*closest: 'twice'"):
+        with tap(net, ["out", "twic"]):
+            pass
+    assert hooks(net) == 0
+    with tap(net, ["out"]) as seen, pytest.raises(KeyError, match="has not run yet"):
+        seen["out"]
+    with pytest.raises(KeyError, match="not tapped"):
+        seen["rnn"]
+
+
+def test_no_grad_functional_call_deepcopy_and_pickle_inside_a_tap(net, x):
+    with tap(net, ["twice"]) as seen:
+        with torch.no_grad():
+            net(x)
+        assert not seen["twice"].requires_grad
+        zeros = {name: torch.zeros_like(p) for name, p in net.named_parameters()}
+        y = torch.func.functional_call(net, zeros, x)
+        assert not seen["twice"].any() and not y.any()
+        n = len(seen.calls["twice"])
+        for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+            assert_close(twin(x), net(x))
+        assert len(seen.calls["twice"]) == n + 4  # two for each net(x); the copies' own passes are not recorded
+    assert hooks(net) == 0
+
+
+def test_layer_shapes_leaves_mode_and_statistics_alone():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout())
+    net[2].eval()
+    before = copy.deepcopy(net.state_dict())
+    assert layer_shapes(net, ["0", "1"], torch.randn(2, 3, 8, 8)) == {"0": (2, 4, 6, 6), "1": (2, 4, 6, 6)}
+    assert net.training and net[1].training and not net[2].training
+    for key, value in net.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_layer_shapes_of_tuples_and_of_layers_that_never_run(net, x):
+    shapes = layer_shapes(net, None, x)
+    assert shapes["rnn"] == ((2, 5, 4), ((1, 2, 4), (1, 2, 4))) and "spare" not in shapes
+    with pytest.raises(ValueError, match="'spare' did not run"):
+        layer_shapes(net, ["spare"], x)
+
+
+def test_trace_finds_in_place_writes_by_modules_functions_and_dropout():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)
+            self.drop = nn.Dropout(inplace=True)
+
+        def forward(self, x):
+            a = self.a(x)
+            a += 1  # a plain in-place operation
+            return self.c(self.drop(self.b(a)))  # dropout writes in train mode only
+
+    calls, output = trace_calls(Net(), torch.randn(2, 3))
+    assert {call.name for call in calls if call.written} >= {"a", "b"}
+    assert not next(call for call in calls if call.name == "c").written
+    assert output.shape == (2, 3)
+
+
+def test_settled_before_keeps_a_layer_that_runs_again_later():
+    shared = nn.ReLU()
+    net = nn.Sequential(nn.Linear(2, 2), shared, nn.Linear(2, 2), shared)
+    calls, _ = trace_calls(net, torch.randn(1, 2))
+    assert settled_before(calls, "2") == ["0"]  # the ReLU runs after layer 2 as well, so it is not settled
+
+
+def test_splice_is_silent_and_survives_copies(net, x):
+    plain = net(x)
+    keys = list(net.state_dict())
+    splice = Splice(net, ["twice", "rnn"])
+    assert torch.equal(net(x), plain) and list(net.state_dict()) == keys
+    seen = []
+
+    def handler(name, k, compute):
+        seen.append((name, k))
+        return compute()
+
+    assert torch.equal(splice.run(net, x, handler), plain)
+    assert seen == [("twice", 0), ("twice", 1), ("rnn", 0)]
+    for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert torch.equal(twin(x), plain)
+        assert twin.twice.forward.layer is twin.twice
+
+
+def test_splice_is_put_back_when_the_handler_raises(net, x):
+    splice = Splice(net, ["twice"])
+    with pytest.raises(ZeroDivisionError):
+        splice.run(net, x, lambda name, k, compute: 1 / 0)
+    assert splice.running() is None
+
+
+def test_two_threads_do_not_see_each_others_pass():
+    net = nn.Sequential(nn.Linear(2, 2))
+    splice = Splice(net, ["0"])
+    gate, seen = threading.Barrier(2, timeout=20), {}
+
+    def work(value):
+        def handler(name, k, compute):
+            gate.wait()  # both threads are now inside a pass of the same network
+            return torch.full((1, 2), value)
+
+        seen[value] = splice.run(net, torch.zeros(1, 2), handler)
+
+    threads = [threading.Thread(target=work, args=(value,)) for value in (1.0, 2.0)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(seen[value], torch.full((1, 2), value)) for value in (1.0, 2.0))
+
+
+class Affine(FeedbackModel):
+    """h ← a h + b x, each example with its own rate a."""
+
+    def __init__(self, a, **kwargs):
+        super().__init__(**kwargs)
+        self.register_buffer("a", torch.as_tensor(a, dtype=torch.float64))
+
+    def start(self, x, **_):
+        return State({"h": x}, x)
+
+    def step(self, x, state, **_):
+        h = self.a[: len(x)].view(-1, 1) * state.h["h"] + x
+        return State({"h": h}, h)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(-0.95, 0.95), min_size=1, max_size=5), st.integers(0, 30))
+def test_loop_is_the_recursion(rates, steps):
+    x = torch.ones(len(rates), 3, dtype=torch.float64)
+    trajectory = Affine(rates, steps=steps).trajectory(x, states=True)
+    a = torch.tensor(rates, dtype=torch.float64)
+    expected = [sum(a**k for k in range(t + 1)) for t in range(steps + 1)]
+    for y, e in zip(trajectory.outputs, expected, strict=True):
+        assert_close(y, e.view(-1, 1).expand_as(y))
+    assert trajectory.residuals.shape == (steps, len(rates)) and len(trajectory.states) == steps + 1
+    assert trajectory.n_steps.tolist() == [steps] * len(rates) and trajectory.converged is None
+
+
+def test_tolerance_halts_each_example_alone_and_only_in_eval_mode():
+    rates, x = [0.1, 0.5, 0.9], torch.ones(3, 2, dtype=torch.float64)
+    model = Affine(rates, steps=300, tol=1e-6)
+    assert len(model.train().trajectory(x).outputs) == 301
+    together = model.eval().trajectory(x)
+    assert together.converged.all() and len(together.outputs) == int(together.n_steps.max()) + 1 < 301
+    for i, rate in enumerate(rates):
+        alone = Affine([rate], steps=300, tol=1e-6).eval().trajectory(x[i : i + 1])
+        assert int(alone.n_steps) == int(together.n_steps[i])
+        assert torch.equal(alone.output[0], together.output[i])
+    few = Affine(rates, steps=20).eval().trajectory(x, tol=1e-6)
+    assert few.converged.tolist() == [True, True, False]
+
+
+def test_steps_are_checked():
+    for steps in (-1, 1.5, True, "4"):
+        with pytest.raises(ValueError, match="whole number"):
+            Affine([0.5], steps=steps)
+        with pytest.raises(ValueError, match="whole number"):
+            Affine([0.5]).trajectory(torch.ones(1, 1, dtype=torch.float64), steps=steps)
+
+
+def test_a_model_without_start_says_what_to_write():
+    with pytest.raises(TypeError, match="must define start"):
+        FeedbackModel()(torch.ones(1, 1))
+
+
+def test_non_finite_states_name_layer_step_and_example():
+    class Blow(FeedbackModel):
+        def __init__(self):
+            super().__init__(steps=5)
+            self.norm = nn.BatchNorm1d(2)
+
+        def start(self, x, **_):
+            return State({"first": x, "second": self.norm(x)}, x)
+
+        def step(self, x, state, **_):
+            second = torch.where(x[:, :1] > 1, state.h["second"] * 1e20, state.h["second"])
+            return State({"first": self.norm(x), "second": second}, second)
+
+    model = Blow()
+    x = torch.tensor([[0.0, 1], [2, 3], [1, 1]])
+    model.norm.running_mean.fill_(7)
+    with pytest.raises(FloatingPointError, match=r"layer 'second' is not finite at step 2 of 5 \(example 1\)"):
+        model.eval()(x)
+    with pytest.raises(FloatingPointError, match=r"input .* not finite \(example 2\)"):
+        model(torch.tensor([[0.0, 1], [0, 3], [float("nan"), 1]]))
+    model.train()
+    before = None
+    with pytest.raises(FloatingPointError):
+        model(x)
+    before = model.norm.running_mean.clone()
+    model2 = Blow()
+    model2.norm.running_mean.fill_(7)
+    model2.check_finite = False
+    model2(x)
+    assert_close(before, model2.norm.running_mean)  # the search left the statistics as the pass itself had left them
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 4))
+def test_relative_change_is_the_norm_of_the_difference(n, leaves):
+    g = torch.Generator().manual_seed(n * 10 + leaves)
+    a, b = ({i: torch.randn(n, i + 1, generator=g) for i in range(leaves)} for _ in range(2))
+    flat = lambda tree: torch.cat(list(tree.values()), 1)
+    assert_close(relative_change(a, b), (flat(a) - flat(b)).norm(dim=1) / flat(a).norm(dim=1))
+
+
+def test_stepwise_loss_by_hand_and_its_errors():
+    trajectory = Affine([0.5], steps=2).trajectory(torch.ones(1, 1, dtype=torch.float64))  # 1, 1.5, 1.75
+    loss = lambda y, target: (y - target).abs().mean()
+    target = torch.tensor([[2.0]], dtype=torch.float64)
+    assert float(stepwise_loss(trajectory, target, loss)) == pytest.approx((1 + 0.5 + 0.25) / 3)
+    assert float(stepwise_loss(trajectory, target, loss, "last")) == 0.25
+    assert float(stepwise_loss(trajectory, target, loss, (0, 2, 0))) == 1.0
+    for wrong, message in [("first", "'mean', 'last'"), ([1, 2], "each of the 3"), ([1, -1, 1], "not negative"), ([0, 0, 0], "not all zero"), ([1, float("nan"), 1], "finite")]:
+        with pytest.raises(ValueError, match=message):
+            stepwise_loss(trajectory, target, loss, wrong)
+
+
+def test_mean_weights_sum_to_one():
+    assert sum(step_weights("mean", 7)) == pytest.approx(1)

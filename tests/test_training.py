@@ -1,0 +1,896 @@
+"""What a user of `fit`, `evaluate` and their checkpoints relies on."""
+import json
+import math
+import os
+import pickle
+import random
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+
+from feedback_nb import training
+from feedback_nb.feedback import FeedbackModel, State, stepwise_loss
+from feedback_nb.training import CheckpointError, History, accuracy, batch_order, batches, evaluate, fit, load_checkpoint
+
+ROOT = Path(__file__).parent.parent
+
+
+def toy(n=60, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 6, generator=g)
+    return TensorDataset(x, (x @ torch.randn(6, 3, generator=torch.Generator().manual_seed(7))).argmax(1))
+
+
+TRAIN, VALID = toy(61), toy(30, 2)
+
+
+class Net(nn.Module):
+    """Small, but with everything that makes resuming hard: buffers, dropout."""
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.a, self.norm, self.drop, self.b = nn.Linear(6, width), nn.BatchNorm1d(width), nn.Dropout(0.3), nn.Linear(width, 3)
+
+    def forward(self, x):
+        return self.b(self.drop(torch.tanh(self.norm(self.a(x)))))
+
+
+class Loop(FeedbackModel):
+    def __init__(self, steps=2):
+        super().__init__(steps=steps)
+        self.a, self.b, self.c, self.passes = nn.Linear(6, 8), nn.Linear(8, 3), nn.Linear(3, 8), 0
+
+    def start(self, x, *, states=False):
+        self.passes += 1
+        h = torch.tanh(self.a(x))
+        return State(h, self.b(h))
+
+    def step(self, x, state):
+        h = torch.tanh(self.a(x) + self.c(state.y))
+        return State(h, self.b(h))
+
+
+class Local(nn.Module):
+    """Brings its own backward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.net(x)
+
+    def local_backward(self, x, y):
+        loss = F.cross_entropy(self(x), y)
+        loss.backward()
+        return loss.detach()
+
+
+def build(cls=Net, seed=0, **kwargs):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return cls(**kwargs)
+
+
+def noisy(x):
+    """Draws from all three generators that `fit` looks after."""
+    return x + 0.1 * torch.randn_like(x) + random.gauss(0, 0.01) + float(np.random.normal(0, 0.01))
+
+
+def run(model, data=(TRAIN, VALID), **kwargs):
+    kwargs = {"epochs": 2, "batch_size": 16, "lr": 1e-2, "device": "cpu", "progress": False, **kwargs}
+    return fit(model, data, **kwargs)
+
+
+def weights(model):
+    return {key: value.detach().clone() for key, value in model.state_dict().items()}
+
+
+def assert_same(a, b):
+    """Bit for bit."""
+    a, b = (weights(m) if isinstance(m, nn.Module) else m for m in (a, b))
+    assert a.keys() == b.keys()
+    for key in a:
+        assert torch.equal(a[key], b[key]), key
+
+
+def rows(history):
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in history.rows]
+
+
+class StopAt:
+    """An augmentation that presses Ctrl-C before optimiser step `step`."""
+
+    __qualname__ = noisy.__qualname__  # a run goes on with the augmentation it began with
+
+    def __init__(self, step):
+        self.step = step
+
+    def __call__(self, x):
+        self.step -= 1
+        if self.step < 0:
+            raise KeyboardInterrupt
+        return noisy(x)
+
+
+# ── seeds and order ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_one_others():
+    a, b, c = (build() for _ in range(3))
+    first, second, third = run(a, augment=noisy), run(b, augment=noisy), run(c, augment=noisy, seed=1)
+    assert_same(a, b)
+    assert rows(first) == rows(second) != rows(third)
+    assert not torch.equal(a.a.weight, c.a.weight)
+
+
+def test_random_state_and_modes_are_put_back():
+    model = build().eval()
+    model.drop.train()
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    run(model, augment=noisy)
+    evaluate(model, VALID)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, augment=StopAt(3))
+    assert random.getstate() == before[0] and np.random.get_state()[1].tolist() == before[1]
+    assert torch.equal(torch.get_rng_state(), before[2])
+    assert model.drop.training and not model.norm.training and not model.training
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_users_own_accelerator_is_left_alone():
+    from accelerate import Accelerator
+
+    mine = Accelerator(cpu=True, mixed_precision="no")
+    run(build(), precision="bf16", epochs=1)
+    assert mine.mixed_precision == "no" and mine.device.type == "cpu"
+
+
+@given(st.integers(1, 300), st.integers(1, 70), st.integers(0, 5), st.integers(0, 5))
+def test_an_epoch_has_every_example_once_in_even_batches(n, batch_size, seed, epoch):
+    order = batch_order(n, batch_size, seed=seed, epoch=epoch)
+    assert sorted(sum(order, [])) == list(range(n))
+    sizes = [len(batch) for batch in order]
+    assert max(sizes) <= batch_size and max(sizes) - min(sizes) <= 1 and len(order) == math.ceil(n / batch_size)
+    assert order == batch_order(n, batch_size, seed=seed, epoch=epoch)
+
+
+@settings(max_examples=20)
+@given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 4), st.integers(1, 4))
+def test_processes_share_a_batch_and_a_start_in_the_middle_gives_the_rest(n, batch_size, start, world):
+    data = TensorDataset(torch.arange(n), torch.arange(n))
+    whole = [i for i, _, _ in batches(data, batch_size, seed=3, epoch=2)]
+    assert [i for i, _, _ in batches(data, batch_size, seed=3, epoch=2, start=start)] == whole[start:]
+    parts = [list(batches(data, batch_size, seed=3, epoch=2, rank=r, world=world)) for r in range(world)]
+    for k, batch in enumerate(whole):
+        mine = [p[k][0] for p in parts if p[k][1] > 0]
+        assert sorted(sum(mine, [])) == sorted(batch)
+        assert sum(p[k][1] for p in parts) == pytest.approx(1)
+
+
+# ── where the data come from ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Whole(Dataset):
+    """Answers for a whole batch at once, as feedback_nb.data does."""
+
+    def __init__(self, data):
+        self.x, self.y, self.asked = *data.tensors, 0
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        return self.x[i], int(self.y[i])
+
+    def __getitems__(self, indices):
+        self.asked += 1
+        return self.x[indices], self.y[indices]
+
+
+class Single(Whole):
+    __getitems__ = None
+
+    def __getattribute__(self, name):
+        if name == "__getitems__":
+            raise AttributeError(name)
+        return super().__getattribute__(name)
+
+
+def test_all_kinds_of_data_sets_train_alike_and_a_batch_is_one_request():
+    models = [build() for _ in range(4)]
+    whole = Whole(TRAIN)
+    for model, data in zip(models, (TRAIN, whole, Single(TRAIN), Subset(TRAIN, range(len(TRAIN))))):
+        run(model, data)
+    for other in models[1:]:
+        assert_same(models[0], other)
+    assert whole.asked == 2 * math.ceil(len(TRAIN) / 16)
+
+
+class Noise(Dataset):
+    """Random reading: what comes out must not depend on who reads."""
+
+    def __len__(self):
+        return 24
+
+    def __getitem__(self, i):
+        return torch.randn(6) + random.random(), i % 3
+
+
+def test_reading_ahead_in_other_processes_changes_nothing():
+    a, b = build(), build()
+    run(a, Noise(), epochs=1)
+    run(b, Noise(), epochs=1, workers=1)
+    assert_same(a, b)
+
+
+def test_a_dataloader_is_taken_as_it_is_and_resumes_too(tmp_path):
+    def loader():
+        return DataLoader(TRAIN, batch_size=9, shuffle=True, generator=torch.Generator().manual_seed(5))
+
+    whole, part, again = build(), build(), build()
+    history = run(whole, loader(), augment=noisy)
+    assert rows(history)[0]["train_loss"] > 0 and math.isnan(rows(history)[0]["valid_loss"])
+    with pytest.raises(KeyboardInterrupt):
+        run(part, loader(), augment=StopAt(11), checkpoint=tmp_path, checkpoint_every=2)
+    run(again, loader(), augment=noisy, checkpoint=tmp_path, checkpoint_every=2)
+    assert_same(whole, again)
+
+
+def test_data_that_cannot_be_trained_on_are_refused():
+    x, y = TRAIN.tensors
+    with pytest.raises(ValueError, match="TensorDataset"):
+        run(build(), (x, y))
+    with pytest.raises(ValueError, match="empty"):
+        run(build(), TensorDataset(x[:0], y[:0]))
+    with pytest.raises(ValueError, match="pair"):
+        run(build(), TensorDataset(x))
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            yield from zip(x, y)
+
+    with pytest.raises(ValueError, match="Dataset with a length"):
+        run(build(), Stream())
+
+
+# ── what is trained ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_one_step_is_the_step_one_would_write_by_hand():
+    model, hand = build(nn.Linear, in_features=6, out_features=3), build(nn.Linear, in_features=6, out_features=3)
+    x, y = TRAIN.tensors
+    history = run(model, epochs=3, batch_size=100, optimizer=lambda p: torch.optim.SGD(p, lr=0.5))
+    opt = torch.optim.SGD(hand.parameters(), lr=0.5)
+    for epoch in range(3):
+        opt.zero_grad()
+        loss = F.cross_entropy(hand(x), y)
+        loss.backward()
+        opt.step()
+        assert history.rows[epoch]["train_loss"] == pytest.approx(loss.item(), abs=1e-6)
+    torch.testing.assert_close(model.weight, hand.weight)
+    assert history.rows[-1]["valid_accuracy"] == pytest.approx((hand(VALID.tensors[0]).argmax(1) == VALID.tensors[1]).float().mean().item())
+    assert list(history.frame.columns) == ["epoch", "lr", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy", "seconds"]
+    assert history.frame.epoch.tolist() == [0, 1, 2] and (history.frame.lr == 0.5).all()
+
+
+def test_a_feedback_model_learns_from_every_step():
+    model, hand = build(Loop), build(Loop)
+    x, y = TRAIN.tensors
+    history = run(model, TRAIN, epochs=1, batch_size=100, weights=[1, 0, 2])
+    opt = torch.optim.Adam(hand.parameters(), lr=1e-2)
+    loss = stepwise_loss(hand.trajectory(x), y, weights=[1, 0, 2])
+    loss.backward()
+    opt.step()
+    torch.testing.assert_close(weights(model), weights(hand))
+    assert history.rows[0]["train_loss"] == pytest.approx(loss.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("accumulate", [2, 3, 7, 100])
+@pytest.mark.parametrize("cls", [Loop, Local])
+def test_pieces_of_a_batch_add_up_to_the_batch(cls, accumulate):
+    whole, pieces = build(cls), build(cls)
+    a, b = run(whole), run(pieces, accumulate=accumulate)
+    torch.testing.assert_close(weights(whole), weights(pieces), atol=1e-5, rtol=1e-4)
+    assert b.rows[-1]["train_loss"] == pytest.approx(a.rows[-1]["train_loss"], abs=1e-5)
+
+
+def test_a_models_own_backward_pass_is_used():
+    own, plain = build(Local), build(Local)
+    history = run(own)
+    run(plain.net)
+    assert_same(own.net, plain.net)
+    assert math.isnan(history.rows[0]["train_accuracy"]) and 0 <= history.rows[0]["valid_accuracy"] <= 1
+
+
+def test_averaged_weights_follow_the_definition_and_are_what_is_validated(tmp_path):
+    seen, model = [], build()
+    x, y = VALID.tensors
+
+    def look(history, model):
+        seen.append(weights(model))
+
+    history = run(model, batch_size=100, epochs=3, ema=0.9, callbacks=[look], checkpoint=tmp_path)
+    expected = seen[0]
+    for after in seen[1:]:
+        expected = {k: 0.9 * expected[k] + 0.1 * after[k] if after[k].is_floating_point() else after[k] for k in after}
+    torch.testing.assert_close({k: v for k, v in weights(model).items() if "num" not in k}, {k: v for k, v in expected.items() if "num" not in k})
+    assert history.rows[-1]["valid_loss"] == pytest.approx(F.cross_entropy(model.eval()(x), y).item(), abs=1e-6)
+    other = build(seed=5)
+    load_checkpoint(other, tmp_path)
+    assert_same(other, model)
+
+
+def test_bf16_trains_float32_weights_and_fp16_is_refused_on_a_cpu():
+    model = build(Loop)
+    history = run(model, precision="bf16", epochs=3)
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert history.rows[-1]["train_loss"] < history.rows[0]["train_loss"]
+    assert "forward" not in vars(model)
+    with pytest.raises(ValueError, match="bf16"):
+        run(build(), precision="fp16")
+    with pytest.raises(ValueError, match="precision"):
+        run(build(), precision="float8")
+
+
+def test_a_compiled_model_takes_the_same_steps(tmp_path):
+    plain, compiled = build(Loop), build(Loop)
+    run(plain)
+    run(compiled, compile="eager", checkpoint=tmp_path)
+    torch.testing.assert_close(weights(plain), weights(compiled))
+    load_checkpoint(build(Loop), tmp_path)  # the keys are the model's own
+
+
+@pytest.mark.parametrize("schedule, expected", [
+    ("cosine", [1.0, 0.5, 0.0]), ("warmup-cosine", [0.2, None, 0.0]), ("step", [1.0, 0.1, 0.01]), ("one-cycle", [0.04, None, 0.0])])
+def test_schedules_start_turn_and_end_where_they_should(schedule, expected):
+    model = build()
+    opt = training.make_optimizer(model, "adamw", 1.0)
+    schedule = training.make_schedule(opt, schedule, 100)
+    rates = []
+    for _ in range(100):
+        rates.append(opt.param_groups[0]["lr"])
+        opt.step()
+        schedule.step()
+    for rate, value in zip((rates[0], rates[50], rates[-1]), expected):
+        assert value is None or rate == pytest.approx(value, abs=2e-3)
+    assert max(rates) == pytest.approx(1.0, abs=2e-3)
+
+
+def test_a_factory_brings_its_own_optimizer_and_schedule():
+    history = run(build(), optimizer=partial(torch.optim.SGD, lr=0.25), schedule=lambda opt: torch.optim.lr_scheduler.StepLR(opt, 4, 0.5))
+    assert history.frame.lr.tolist() == [0.25, 0.125]
+
+
+def test_options_that_mean_nothing_are_refused():
+    for options, match in [
+        ({"optimizer": "adamm"}, "adamw"), ({"schedule": "cos"}, "cosine"), ({"lr": -1.0}, "lr"), ({"epochs": 0}, "epochs"),
+        ({"batch_size": 0}, "batch_size"), ({"accumulate": 0}, "accumulate"), ({"ema": 1.5}, "ema"), ({"checkpoint_every": 0}, "checkpoint_every"),
+        ({"label_smoothing": 0.1, "loss": F.mse_loss}, "label_smoothing"), ({"clip": 0.0}, "clip"), ({"loss": partial(F.cross_entropy, reduction="none")}, "reduction"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            run(build(), **options)
+    frozen = build().requires_grad_(False)
+    with pytest.raises(ValueError, match="nothing to train"):
+        run(frozen)
+    with pytest.raises(ValueError, match="compiled"):
+        run(build(Local), compile=True)
+
+
+def test_label_smoothing_is_for_training_alone():
+    x, y = TRAIN.tensors
+    model = build(nn.Linear, in_features=6, out_features=3)
+    before = {s: F.cross_entropy(model(x), y, label_smoothing=s).item() for s in (0.0, 0.2)}
+    history = run(model, (TRAIN, TRAIN), batch_size=100, epochs=1, label_smoothing=0.2, lr=1e-9)
+    assert history.rows[0]["train_loss"] == pytest.approx(before[0.2], abs=1e-6)
+    assert history.rows[0]["valid_loss"] == pytest.approx(before[0.0], abs=1e-6)
+
+
+def test_clipping_bounds_the_step():
+    model = build(nn.Linear, in_features=6, out_features=3)
+    before = model.weight.detach().clone(), model.bias.detach().clone()
+    run(model, batch_size=100, epochs=1, clip=1e-3, optimizer=partial(torch.optim.SGD, lr=1.0))
+    moved = math.hypot((model.weight - before[0]).norm().item(), (model.bias - before[1]).norm().item())
+    assert moved == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_callbacks_see_the_history_and_can_end_the_run(tmp_path):
+    seen = []
+
+    def callback(history, model):
+        seen.append(len(history))
+        return len(history) == 2
+
+    history = run(build(), epochs=5, callbacks=[callback], checkpoint=tmp_path)
+    assert seen == [1, 2] and len(history) == 2
+    assert len(run(build(), epochs=5, callbacks=[callback], checkpoint=tmp_path)) == 2  # it stays ended
+    assert seen == [1, 2]
+
+
+def test_tensorboard_gets_the_rows(tmp_path):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    history = run(build(), checkpoint=tmp_path, tracker="tensorboard")
+    logs = {path.parent for path in tmp_path.rglob("events.out.tfevents*")}
+    found = []
+    for log in logs:
+        events = event_accumulator.EventAccumulator(str(log)).Reload()
+        if "valid_loss" in events.Tags()["scalars"]:
+            found = [event.value for event in events.Scalars("valid_loss")]
+    assert found == pytest.approx(history.frame.valid_loss.tolist(), abs=1e-6)
+    with pytest.raises(ValueError, match="checkpoint="):
+        run(build(), tracker="tensorboard")
+    with pytest.raises(ValueError, match="no-such-tracker"):
+        run(build(), checkpoint=tmp_path, tracker="no-such-tracker")
+
+
+# ── evaluate ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_evaluate_scores_every_step_from_one_pass():
+    model = build(Loop, steps=3).train()
+    x, y = VALID.tensors
+    model.passes = 0
+    result = evaluate(model, VALID, batch_size=7)
+    assert model.passes == math.ceil(30 / 7) and model.training
+    for t, row in enumerate(result["per_step"]):
+        output = model(x, steps=t)
+        assert row["step"] == t
+        assert row["loss"] == pytest.approx(F.cross_entropy(output, y).item(), abs=1e-6)
+        assert row["accuracy"] == pytest.approx((output.argmax(1) == y).float().mean().item(), abs=1e-6)
+    assert (result["loss"], result["n"], len(result["per_step"])) == (result["per_step"][-1]["loss"], 30, 4)
+    assert len(evaluate(model, VALID, steps=1)["per_step"]) == 2
+    with pytest.raises(ValueError, match="FeedbackModel"):
+        evaluate(build(), VALID, steps=2)
+
+
+def test_evaluate_counts_a_batch_that_settled_early_where_it_came_to_rest():
+    model = build(Loop, steps=30)
+    model.tol = 1e-3
+    x, y = VALID.tensors
+    result = evaluate(model, VALID, batch_size=1)
+    assert len(result["per_step"]) < 31
+    rest = model.eval().trajectory(x).output
+    assert result["loss"] == pytest.approx(F.cross_entropy(rest, y).item(), abs=1e-5)
+
+
+@settings(max_examples=10)
+@given(st.integers(1, 40))
+def test_the_batch_size_does_not_change_an_evaluation(batch_size):
+    model = build(Loop)
+    a, b = evaluate(model, VALID, batch_size=batch_size), evaluate(model, DataLoader(VALID, 30))
+    assert a["loss"] == pytest.approx(b["loss"], abs=1e-6) and a["accuracy"] == b["accuracy"]
+
+
+def test_metrics_are_averaged_over_examples():
+    def largest(output, target):  # one number per example
+        return output.softmax(1).amax(1)
+
+    result = evaluate(build(Loop), VALID, batch_size=7, metrics={"confidence": largest})
+    expected = largest(build(Loop)(VALID.tensors[0]), None).mean().item()
+    assert result["confidence"] == pytest.approx(expected, abs=1e-6)
+    history = run(build(), metrics={"confidence": largest})
+    assert "valid_confidence" in history.frame
+
+
+def test_accuracy_of_classes_pixels_and_numbers():
+    logits = torch.tensor([[2.0, 0.0], [0.0, 2.0], [2.0, 0.0]])
+    assert accuracy(logits, torch.tensor([0, 1, 1])).item() == pytest.approx(2 / 3)
+    masks = torch.zeros(1, 2, 2, 2)
+    masks[0, 1, 0, 0] = 1  # class 1 in one corner
+    assert accuracy(masks, torch.tensor([[[1, 0], [0, 1]]])).item() == 0.75
+    assert accuracy(torch.zeros(3, 1), torch.zeros(3, 1)).isnan()
+    assert accuracy(torch.zeros(3, 2), torch.zeros(2, dtype=torch.long)).isnan()
+
+
+def test_regression_has_a_loss_and_no_accuracy():
+    x, _ = TRAIN.tensors
+    data = TensorDataset(x, x[:, :1])
+    model = nn.Linear(6, 1)
+    history = run(model, (data, data), loss=F.mse_loss, epochs=1)
+    assert math.isnan(history.rows[0]["valid_accuracy"]) and history.rows[0]["valid_loss"] > 0
+
+
+# ── stopping and going on ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+OPTIONS = [
+    {}, {"checkpoint_every": 1}, {"checkpoint_every": 3, "ema": 0.9, "schedule": "one-cycle", "optimizer": "sgd"},
+    {"schedule": "warmup-cosine", "clip": 1.0, "accumulate": 2, "checkpoint_every": 2}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("step", [0, 1, 4, 6, 11])
+def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(tmp_path, options, step):
+    whole, part, again = build(), build(), build(seed=9)
+    history = run(whole, epochs=3, augment=noisy, **options)
+    with pytest.raises(KeyboardInterrupt, match="to go on") as caught:
+        run(part, epochs=3, augment=StopAt(step), checkpoint=tmp_path, **options)
+    assert rows(caught.value.history) == rows(history)[: step // 4]
+    if not list(tmp_path.glob("step-*")):  # nothing saved yet: it starts afresh, from the caller's weights
+        again = build()
+    resumed = run(again, epochs=3, augment=noisy, checkpoint=tmp_path, **options)
+    assert_same(whole, again)
+    assert rows(resumed) == rows(history) == rows(History.read(tmp_path))
+
+
+KILL = '''
+import os, random, signal, sys, time
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+torch.set_num_threads(1)
+import accelerate, accelerate.utils, safetensors.torch, tqdm.auto, torch.optim.swa_utils  # once, here: the children are forked
+torch.optim.Adam([torch.zeros(1)])  # imports the compiler
+from feedback_nb.training import History, fit, load_checkpoint
+x = torch.randn(60, 6, generator=torch.Generator().manual_seed(0)); data = TensorDataset(x, (x[:, 0] > 0).long())
+def model(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(0.2), nn.Linear(16, 2))
+def train(folder):
+    fit(model(), (data, data), epochs=6, batch_size=6, augment=lambda x: x + torch.randn_like(x), ema=0.9, device="cpu", checkpoint=folder,
+        checkpoint_every=3, progress=False)
+def child(folder):
+    pid = os.fork()
+    if pid == 0:
+        try:
+            train(folder); os._exit(0)
+        except BaseException as error:
+            print(repr(error), flush=True); os._exit(1)
+    return pid
+def finish(folder):
+    assert os.waitpid(child(folder), 0)[1] == 0, folder
+    m = model(1); about = load_checkpoint(m, folder)
+    return m.state_dict(), [{k: v for k, v in row.items() if k != "seconds"} for row in about["history"]]
+base, moments = sys.argv[1], int(sys.argv[2])
+start = time.time(); weights, history = finish(base + "/whole"); length = time.time() - start
+assert len(history) == 6
+rng, killed, partial = random.Random(4), 0, 0
+for k in range(moments):
+    folder = f"{base}/{k}"
+    pid = child(folder)
+    time.sleep(rng.uniform(0.0, 1.0) * length)
+    os.kill(pid, signal.SIGKILL)
+    killed += os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+    partial += any(name.startswith("step-") for name in os.listdir(folder)) if os.path.isdir(folder) else 0
+    after, rows = finish(folder)
+    assert rows == history, (k, rows)
+    assert all(torch.equal(after[key], weights[key]) for key in weights), k
+    assert not [name for name in os.listdir(folder) if name.endswith((".tmp", ".old"))]
+print("killed", killed, "resumed", partial)
+'''
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_kill_9_at_twenty_random_moments_loses_nothing_that_was_saved(tmp_path):
+    done = subprocess.run([sys.executable, "-c", KILL, str(tmp_path), "20"], capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    killed, resumed = (int(word) for word in done.stdout.split()[1::2])
+    assert killed >= 12 and resumed >= 6
+
+
+def test_the_newest_two_and_the_best_are_kept(tmp_path):
+    run(build(), epochs=6, checkpoint=tmp_path, optimizer=partial(torch.optim.SGD, lr=0.0))  # lr 0: only the batch statistics move
+    saved = sorted(path.name for path in tmp_path.glob("step-*"))
+    best = json.loads((tmp_path / saved[-1] / "run.json").read_text())["best"]
+    assert saved[-2:] == ["step-000000020", "step-000000024"] and len(saved) <= 3 and best["name"] in saved
+
+
+def test_best_is_the_best_epoch(tmp_path):
+    seen = []
+
+    def spoil(history, model):
+        seen.append(weights(model))
+        if len(history) == 2:
+            with torch.no_grad():
+                model.b.weight.mul_(-1)
+
+    history = run(build(), epochs=4, checkpoint=tmp_path, callbacks=[spoil], lr=1e-3)
+    model = build(seed=3)
+    load_checkpoint(model, tmp_path, which="best")
+    best = max(range(4), key=lambda k: (history.rows[k]["valid_accuracy"], -history.rows[k]["valid_loss"]))
+    if best != 1:  # in epoch 1 the callback spoils what is saved afterwards
+        assert_same(model, seen[best])
+    with pytest.raises(ValueError, match="last"):
+        load_checkpoint(model, tmp_path, which="first")
+
+
+def test_more_epochs_go_on_and_a_finished_run_is_given_back(tmp_path):
+    whole, model, again = build(), build(), build(seed=8)
+    history = run(whole, epochs=4)
+    run(model, epochs=2, checkpoint=tmp_path)
+    longer = run(model, epochs=4, checkpoint=tmp_path)
+    assert_same(whole, model)
+    assert rows(longer) == rows(history)
+    finished = run(again, epochs=4, checkpoint=tmp_path)
+    assert_same(whole, again)
+    assert rows(finished) == rows(history)
+    with pytest.raises(CheckpointError, match="4 done already"):
+        run(build(), epochs=3, checkpoint=tmp_path)
+
+
+def test_a_run_with_other_settings_is_refused_by_name(tmp_path):
+    run(build(), epochs=1, checkpoint=tmp_path / "a")
+    for options, match in [({"lr": 0.5}, "0.5"), ({"batch_size": 8}, "batch_size"), ({"seed": 4}, "seed"), ({"data": toy(50)}, "n_train"),
+                           ({"optimizer": "sgd"}, "SGD"), ({"clip": 1.0}, "clip"), ({"augment": noisy}, "augment")]:
+        with pytest.raises(CheckpointError, match=match):
+            run(build(), epochs=1, checkpoint=tmp_path / "a", **options)
+    run(build(), epochs=1, checkpoint=tmp_path / "b", schedule="cosine")
+    with pytest.raises(CheckpointError, match="laid out over all epochs"):
+        run(build(), epochs=2, checkpoint=tmp_path / "b", schedule="cosine")
+
+
+def test_nothing_trained_is_overwritten(tmp_path):
+    run(build(), epochs=1, checkpoint=tmp_path)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(CheckpointError, match="resume=True"):
+        run(build(), epochs=1, checkpoint=tmp_path, resume=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    with open(tmp_path / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(CheckpointError, match="another process"):
+            run(build(), checkpoint=tmp_path)
+    run(build(), checkpoint=tmp_path)
+
+
+def test_tied_weights_are_saved_and_loaded(tmp_path):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+            self.b.weight = self.a.weight
+
+        def forward(self, x):
+            return self.c(self.b(self.a(x)))
+
+    model, other = build(Tied), build(Tied, seed=4)
+    run(model, checkpoint=tmp_path)
+    load_checkpoint(other, tmp_path)
+    assert_same(model, other)
+    assert other.a.weight is other.b.weight
+
+
+# ── damage ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "state.pt", "run.json", "manifest.json"])
+@pytest.mark.parametrize("damage", [cut, flip, Path.unlink], ids=["cut", "flip", "gone"])
+def test_a_damaged_checkpoint_is_named_and_an_earlier_one_taken(tmp_path, file, damage):
+    whole, again = build(), build()
+    history = run(whole, epochs=3, checkpoint=tmp_path)
+    newest = sorted(tmp_path.glob("step-*"))[-1]
+    damage(newest / file)
+    with pytest.warns(UserWarning, match=f"{newest.name}.*(damaged|incomplete).*Going on"):
+        resumed = run(again, epochs=3, checkpoint=tmp_path)
+    assert_same(whole, again)
+    assert rows(resumed) == rows(history)
+    assert list(tmp_path.glob("damaged-*"))  # put aside, not thrown away
+    for path in tmp_path.glob("step-*"):
+        damage(path / file)
+    named = "damaged" if (file, damage) == ("manifest.json", flip) else file.split(".")[0]  # the list of checksums does not know that it is wrong
+    with pytest.raises(CheckpointError, match=f"{named}.*(remove|new folder)"):
+        run(build(), epochs=3, checkpoint=tmp_path)
+    with pytest.raises(CheckpointError):
+        load_checkpoint(build(), tmp_path)
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_key_and_shape(tmp_path):
+    run(build(), epochs=1, checkpoint=tmp_path)
+    for other, match in [(build(width=9), r"a.weight.*\(8, 6\) there and of shape \(9, 6\)"), (nn.Linear(6, 3), "'weight' is missing there"),
+                         (nn.Sequential(), "missing in this Sequential")]:
+        before = weights(other)
+        with pytest.raises(CheckpointError, match=match):
+            load_checkpoint(other, tmp_path)
+        assert_same(before, other)
+    with pytest.raises(CheckpointError, match="another model"):
+        run(build(width=9), epochs=1, checkpoint=tmp_path)
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        load_checkpoint(build(), tmp_path / "nowhere")
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("write", [lambda bomb, path: torch.save(bomb, path), lambda bomb, path: path.write_bytes(pickle.dumps(bomb))], ids=["torch", "pickle"])
+def test_a_pickle_bomb_runs_nothing(tmp_path, write):
+    run(build(), epochs=1, checkpoint=tmp_path)
+    (path,) = tmp_path.glob("step-*")
+    write(Bomb(tmp_path / "boom"), path / "state.pt")
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["state.pt"] = training._digest(path / "state.pt")  # an attacker gets the checksum right
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="none of it was run"):
+        run(build(), epochs=2, checkpoint=tmp_path)
+    assert not (tmp_path / "boom").exists()
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint_whole(tmp_path, monkeypatch):
+    run(build(), epochs=1, checkpoint=tmp_path)
+    real = torch.save
+
+    def full(obj, path):
+        real(obj, path)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space"):
+        run(build(), epochs=3, checkpoint=tmp_path)
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir() if path.name != ".lock"] == ["step-000000004"]
+    whole, again = build(), build()
+    run(whole, epochs=3)
+    run(again, epochs=3, checkpoint=tmp_path)
+    assert_same(whole, again)
+
+
+def test_state_that_could_not_be_read_back_is_known_at_once(tmp_path):
+    class Odd(torch.optim.SGD):
+        def state_dict(self):
+            return {**super().state_dict(), "odd": Bomb(tmp_path / "boom")}
+
+    with pytest.raises(CheckpointError, match="more than tensors"):
+        run(build(), optimizer=partial(Odd, lr=0.1), checkpoint=tmp_path / "run")
+
+
+# ── numbers that are none, and memory ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_bad_input_is_named_with_its_step_and_examples():
+    x, y = TRAIN.tensors
+    x = x.clone()
+    x[17, 2] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"epoch 0, step \d.*the input batch") as caught:
+        run(build(), TensorDataset(x, y))
+    assert 17 in caught.value.indices
+
+
+def test_the_first_module_to_blow_up_is_named_and_the_weights_are_kept():
+    class Blow(nn.Module):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            return x / 0 if self.training and self.calls > 4 else x
+
+    model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), Blow(), nn.Linear(4, 3))
+    with pytest.raises(FloatingPointError, match=r"epoch 1, step 4 .*module '2' \(Blow\)"):
+        run(model)
+    assert all(p.isfinite().all() and p.grad is None for p in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_gradient_that_is_not_finite_is_found_before_it_is_used():
+    class Root(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(6, 3))
+
+        def forward(self, x):
+            return x @ self.w.abs().sqrt()  # 0 has no slope there
+
+    model = Root()
+    with pytest.raises(FloatingPointError, match="norm of its gradient is (nan|inf).*gradient of parameter 'w'"):
+        run(model)
+    assert torch.equal(model.w, torch.zeros(6, 3))
+
+
+def test_a_loss_and_a_feedback_state_that_blow_up_are_named():
+    with pytest.raises(FloatingPointError, match="the loss is inf.*the output of every module is finite"):
+        run(build(), loss=lambda output, target: F.cross_entropy(output, target) / 0)
+    model = build(Loop)
+    model.c.weight.data.fill_(float("inf"))
+    with pytest.raises(FloatingPointError, match=r"step 0 .*at step 1 of 2.*module 'c'") as caught:
+        run(model)
+    assert len(caught.value.indices) == 16
+
+
+def test_an_exploding_run_stops():
+    data = TensorDataset(TRAIN.tensors[0], TRAIN.tensors[0][:, :3] * 1e3)
+    with pytest.raises(FloatingPointError, match="lr"):
+        run(nn.Linear(6, 3), data, loss=F.mse_loss, optimizer=partial(torch.optim.SGD, lr=1e4), epochs=50)
+
+
+def test_out_of_memory_says_what_to_try():
+    class Hungry(nn.Linear):
+        def forward(self, x):
+            if len(x) > 5:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return super().forward(x)
+
+    with pytest.raises(torch.OutOfMemoryError, match=r"epoch 0, step 0, with batch_size=16.*accumulate=2 .*8 examples.*batch_size=8"):
+        run(Hungry(6, 3), TRAIN)
+    with pytest.raises(torch.OutOfMemoryError, match=r"in 2 pieces.*accumulate=4 .*4 examples"):
+        run(Hungry(6, 3), TRAIN, accumulate=2)
+    run(Hungry(6, 3), TRAIN, accumulate=4)
+    with pytest.raises(RuntimeError, match="something else"):
+        run(nn.Linear(6, 3), TRAIN, loss=lambda output, target: (_ for _ in ()).throw(RuntimeError("something else")))
+
+
+# ── several processes ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+TWO = '''
+import json, os, sys
+sys.path.insert(0, sys.argv[3])
+import torch
+torch.set_num_threads(1)
+from test_training import Local, Loop, TRAIN, VALID, build, rows, run
+rank, out = int(os.environ.get("RANK", 0)), {}
+for name, cls, options in [("loop", Loop, {"accumulate": 2}), ("local", Local, {"ema": 0.9})]:
+    out[name] = rows(run(build(cls, seed=rank), batch_size=15, **options))  # unlike weights: those of the first process count
+def die(history, model):  # one worker, once, after the second epoch
+    if rank == 1 and len(history) == 2 and not os.path.exists(sys.argv[2] + "/dead"):
+        open(sys.argv[2] + "/dead", "w").close(); os._exit(7)
+out["died"] = rows(run(build(Loop), epochs=4, batch_size=15, checkpoint=sys.argv[2] + "/run", checkpoint_every=2, callbacks=[die]))
+if rank == 0:
+    json.dump(out, open(sys.argv[1], "w"))
+'''
+
+
+def test_two_processes_do_what_one_does_and_survive_a_death(tmp_path):
+    (tmp_path / "two.py").write_text(TWO)
+    env = {**{k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC", "ACCELERATE"))}, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    args = [str(tmp_path / "two.py"), str(tmp_path / "two.json"), str(tmp_path), str(ROOT / "tests")]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    done = subprocess.run(torchrun + args, capture_output=True, text=True, cwd=ROOT, env=env, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert (tmp_path / "dead").exists()
+    two = json.loads((tmp_path / "two.json").read_text())
+    one = {
+        "loop": rows(run(build(Loop), batch_size=15)), "local": rows(run(build(Local), batch_size=15, ema=0.9)),
+        "died": rows(run(build(Loop), epochs=4, batch_size=15)),
+    }
+    for name in one:
+        assert [row["epoch"] for row in two[name]] == [row["epoch"] for row in one[name]]
+        for mine, theirs in zip(one[name], two[name]):
+            assert theirs == pytest.approx(mine, abs=2e-5, nan_ok=True), name
+
+
+# ── housekeeping ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_importing_is_light():
+    code = "import sys, feedback_nb.training; print([m for m in ('pandas', 'accelerate', 'safetensors', 'matplotlib', 'IPython') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_the_progress_bar_is_one_and_can_be_switched_off(capfd, monkeypatch):
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    run(build(), progress=True)
+    assert "8/8" in capfd.readouterr().err
+    run(build(), progress=False)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_history_reads_as_a_table():
+    history = run(build())
+    assert "valid_accuracy" in repr(history) and "<table" in history._repr_html_()
+    assert "no epochs" in repr(History([]))
