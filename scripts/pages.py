@@ -49,7 +49,7 @@ def contents(root: Path) -> list[dict]:
 
 def processed(root: Path, notebook: Path, path: Path):
     "The executed `notebook`, processed by nbdev as if it lay at `path`: hidden cells gone, exported code shown with its table."
-    from docs import ShowSource
+    from documented import ShowSource
     from execnb.nbio import read_nb
 
     os.chdir(path.parent)
