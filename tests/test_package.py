@@ -1,0 +1,166 @@
+"""What `pip install` gives: the contract of public names, light imports, metadata, and the pictures of the README."""
+
+import importlib.metadata
+import inspect
+import json
+import re
+import subprocess
+import sys
+from configparser import ConfigParser
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MODULES = sorted(p.stem for p in (ROOT / "feedback_nb").glob("*.py") if p.stem not in ("__init__", "_modidx"))
+# Who may import whom when it is loaded; "arrows point down, no other".
+MAY_IMPORT = {
+    "fixed_points": set(),
+    "feedback": {"fixed_points"},
+    "data": {"feedback"},
+    "training": {"feedback", "fixed_points"},
+    "evaluation": {"feedback", "fixed_points"},
+    "plots": {"feedback"},
+    "cbl": {"feedback", "fixed_points", "data", "training", "evaluation", "plots"},
+}
+LIGHT = "torchvision torchaudio pandas matplotlib sklearn scipy accelerate safetensors captum tqdm IPython PIL".split()
+
+
+def settings():
+    config = ConfigParser(delimiters=["="])
+    config.read(ROOT / "settings.ini", encoding="utf-8")
+    return config["DEFAULT"]
+
+
+def run(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT / "nbs")
+
+
+def test_importing_everything_loads_torch_alone():
+    lines = "\n".join(f"import feedback_nb.{name}" for name in MODULES)
+    done = run(f"import sys, torch\nbefore = set(sys.modules)\n{lines}\nprint(*sorted({{m.split('.')[0] for m in set(sys.modules) - before}}))")
+    assert done.returncode == 0, done.stderr
+    assert "feedback_nb" in done.stdout.split()
+    assert not set(done.stdout.split()) & set(LIGHT)
+
+
+def test_importing_touches_neither_network_nor_disk():
+    code = f"""
+import sys, torch
+import importlib.util
+def hook(event, args):
+    if event.startswith("socket.") or event in ("os.mkdir", "os.rename", "os.remove", "urllib.Request", "subprocess.Popen", "os.listdir"):
+        if event != "os.listdir" or "feedback_nb" not in str(args): print("event", event, args)
+    if event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+") and "__pycache__" not in str(args[0]): print("event", event, args)
+sys.dont_write_bytecode = True
+sys.addaudithook(hook)
+{chr(10).join(f"import feedback_nb.{name}" for name in MODULES)}
+"""
+    done = run(code)
+    assert done.returncode == 0, done.stderr
+    events = [line for line in done.stdout.splitlines() if "os.listdir" not in line]  # Python's own import system lists folders
+    assert not events
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_arrows_point_down(module):
+    text = (ROOT / "feedback_nb" / f"{module}.py").read_text(encoding="utf-8")
+    found = set(re.findall(r"^(?:from \.(\w+) import|from feedback_nb\.(\w+) import)", text, re.M))
+    assert {a or b for a, b in found} <= MAY_IMPORT[module]
+    if module == "fixed_points":
+        third_party = set(re.findall(r"^(?:import|from) (\w+)", text, re.M)) - set(sys.stdlib_module_names) - {"torch", "feedback_nb"}
+        assert not third_party
+
+
+# module: {name: the parameters that other people's scripts pass}
+CONTRACT = {
+    "fixed_points": {
+        "Trajectory": ["outputs", "residuals", "states"],
+        "iterate": ["f", "h0", "steps", "tol", "damping", "solver", "memory"],
+        "lipschitz": ["f", "h"],
+        "banach_bounds": ["q", "first_step", "n"],
+        "a_posteriori": ["q", "last_step"],
+        "fixed_point": ["f", "h0"],
+    },
+    "feedback": {
+        "Trajectory": ["outputs", "residuals", "states"],
+        "FeedbackModel": ["steps"],
+        "stepwise_loss": ["trajectory", "target", "loss_fn", "weights"],
+        "layer_shapes": ["net", "names", "example"],
+        "tap": ["net", "names"],
+        "edit": ["net"],
+    },
+    "cbl": {"CBL": ["net", "layers", "example", "context_dim", "steps", "alpha", "adapter", "flow", "tol"]},
+    "data": {"load": ["name", "split", "root", "size", "download"], "names": []},
+    "training": {
+        "fit": ["model", "data", "epochs", "lr", "optimizer", "schedule", "loss", "augment", "seed", "precision", "compile", "checkpoint", "resume", "callbacks", "tracker"],
+        "evaluate": ["model", "data"],
+    },
+    "evaluation": {"compare": ["factories", "data", "seeds"], "cost": ["model", "example"], "noise_curve": [], "fgsm_curve": [], "pgd_curve": []},
+}
+
+
+@pytest.mark.parametrize("module, name", [(m, n) for m, names in CONTRACT.items() for n in names])
+def test_public_names_and_parameters(module, name):
+    loaded = importlib.import_module(f"feedback_nb.{module}")
+    assert name in loaded.__all__
+    assert set(CONTRACT[module][name]) <= set(inspect.signature(getattr(loaded, name)).parameters)
+
+
+def test_defaults_of_the_contract():
+    from feedback_nb.cbl import CBL
+    from feedback_nb.fixed_points import iterate
+
+    defaults = {k: p.default for k, p in inspect.signature(CBL).parameters.items()}
+    wanted = {"context_dim": 64, "steps": 4, "alpha": 0.5, "adapter": "gate", "flow": "through", "tol": None}
+    assert {k: defaults[k] for k in wanted} == wanted
+    defaults = {k: p.default for k, p in inspect.signature(iterate).parameters.items()}
+    assert (defaults["damping"], defaults["memory"]) == (0.0, 5)
+
+
+def test_every_public_function_is_documented():
+    for module in MODULES:
+        loaded = importlib.import_module(f"feedback_nb.{module}")
+        for name in loaded.__all__:
+            thing = getattr(loaded, name)
+            if inspect.isfunction(thing) or inspect.isclass(thing):
+                assert inspect.getdoc(thing), f"{module}.{name}"
+
+
+def test_metadata_is_that_of_settings():
+    cfg, meta = settings(), importlib.metadata.metadata("feedback_nb")
+    import feedback_nb
+
+    assert feedback_nb.__version__ == meta["Version"] == cfg["version"]
+    assert meta["License-Expression"] == "Apache-2.0" or meta["License"] == "Apache-2.0"
+    assert meta["Requires-Python"] == ">=" + cfg["min_python"]
+    assert {e.name: e.value for e in importlib.metadata.entry_points(group="console_scripts") if e.name.startswith("feedback_nb")} == {
+        "feedback_nb_data": "feedback_nb.data:cli"
+    }
+
+
+def test_the_package_declares_lower_bounds_and_the_constraints_exact_versions():
+    assert all(re.fullmatch(r"[\w-]+(\[\w+\])?>=[\d.]+", r) for r in settings()["requirements"].split())
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+    assert all(re.match(r"[\w.-]+==[\w.+!]+", line) for line in lines)
+    pins = dict(line.split("==") for line in lines)
+    assert (pins["torch"], pins["torchvision"], pins["torchaudio"], pins["nbdev"]) == ("2.11.0", "0.26.0", "2.11.0", "2.4.14")
+
+
+def test_the_readme_picture_is_chapter_tens_figure():
+    sys.path.insert(0, str(ROOT / "scripts"))
+    try:
+        from cover import FIGURES, figure
+    finally:
+        sys.path.pop(0)
+    for notebook, figures in FIGURES.items():
+        for label, name in figures.items():
+            assert (ROOT / "nbs" / "images" / name).read_bytes() == figure(ROOT / "nbs" / notebook, label)
+
+
+def test_every_chapter_is_in_the_contents():
+    index = json.loads((ROOT / "nbs" / "index.ipynb").read_text(encoding="utf-8"))
+    text = "".join("".join(cell["source"]) for cell in index["cells"])
+    for path in (ROOT / "nbs").glob("[0-9]*.ipynb"):
+        assert f"]({path.name})" in text, path.name
+        assert path.name in (ROOT / "_quarto.yml").read_text(encoding="utf-8"), path.name
