@@ -7,7 +7,7 @@ __all__ = ['FORMAT', 'IMAGENETTE', 'SOURCES', 'SAMPLES_URL', 'SAMPLES', 'SEVERIT
            'cache_folder', 'Source', 'names', 'load', 'polygons', 'gaussian_noise', 'corrupt', 'augment',
            'mel_spectrogram', 'PhotoFolder', 'catalogue', 'cli']
 
-# %% ../nbs/02_data.ipynb #3846dd97
+# %% ../nbs/02_data.ipynb #c517c4bb
 import argparse
 import csv
 import difflib
@@ -39,13 +39,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# %% ../nbs/02_data.ipynb #b9cb52c6
+# %% ../nbs/02_data.ipynb #7abdb263
 def _float(x: Tensor) -> Tensor:
     "Stored bytes as float32: images 0…255 and sound -32768…32767 go to the unit range, floats stay."
     full = {torch.uint8: 255, torch.int16: 32768}.get(x.dtype)
     return x.float() if full is None else x.float() / full
 
-# %% ../nbs/02_data.ipynb #99e71c18
+# %% ../nbs/02_data.ipynb #7a3ecc04
 def _draw(y: Tensor, n: int, seed: int, stratified: bool = True) -> Tensor:
     "Indices of `n` examples, in their old order."
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
@@ -59,7 +59,7 @@ def _draw(y: Tensor, n: int, seed: int, stratified: bool = True) -> Tensor:
     rank = torch.arange(len(y)) - (counts.cumsum(0) - counts)[labels[by_class]]  # place within its own class
     return order[by_class[rank < quota[labels[by_class]]]].sort().values
 
-# %% ../nbs/02_data.ipynb #2c7ddb1c
+# %% ../nbs/02_data.ipynb #47a1fe68
 class _Parts:
     "How a data set is divided: needs `.y`, `len` and `._take(indices)`."
     def subset(self,
@@ -81,7 +81,7 @@ class _Parts:
         part[_draw(self.y, round(fraction * len(self)), seed)] = True
         return tuple(self._take(mask.nonzero()[:, 0]) for mask in (~part, part))
 
-# %% ../nbs/02_data.ipynb #25bfb6ae
+# %% ../nbs/02_data.ipynb #5e7b2bfa
 @dataclass(eq=False, repr=False)
 class TensorData(_Parts, torch.utils.data.Dataset):
     "A data set as two tensors on one device: examples `x` and their labels or masks `y`."
@@ -120,7 +120,7 @@ class TensorData(_Parts, torch.utils.data.Dataset):
         what = " ".join(filter(None, [self.name, self.split])) or "TensorData"
         return f"{what}: {len(self):,} x {tuple(self.x.shape[1:])} {str(self.x.dtype).removeprefix('torch.')}, {len(self.classes)} classes"
 
-# %% ../nbs/02_data.ipynb #1a05c130
+# %% ../nbs/02_data.ipynb #d6d11ca9
 def cache_folder() -> Path:  # not created by asking
     "The folder for downloads and decoded tensors: FEEDBACK_NB_CACHE, or else this user's cache folder."
     if own := os.environ.get("FEEDBACK_NB_CACHE"): return Path(own).expanduser()
@@ -138,7 +138,7 @@ def _root(root: str | Path | None) -> Path | None:
     raise FileNotFoundError(f"{who} names the data folder {str(root)!r}, which does not exist: correct it, create it, "
         f"or leave it out and downloads go to {str(cache_folder())!r}")
 
-# %% ../nbs/02_data.ipynb #01d8c6e6
+# %% ../nbs/02_data.ipynb #1ceb457c
 @contextmanager
 def _aside(path: Path) -> Iterator[Path]:
     "Where to write `path`: it gets its name when the block ends well, and is removed when it does not."
@@ -164,7 +164,7 @@ def _alone(path: Path) -> Iterator[None]:
     finally:
         if lock is not None: lock.release()
 
-# %% ../nbs/02_data.ipynb #113fc7fc
+# %% ../nbs/02_data.ipynb #9dee0825
 FORMAT = 1  # stands in every cache file; raised when decoding changes, so that old files are made anew
 
 
@@ -191,7 +191,7 @@ def _recall(path: Path, meta: dict[str, str]) -> tuple[dict, dict] | None:
     warnings.warn(f"the cache file {str(path)!r} is damaged ({why}); it is made again from its source", stacklevel=4)
     return None
 
-# %% ../nbs/02_data.ipynb #5698c282
+# %% ../nbs/02_data.ipynb #44873ee0
 def _cached(path: Path, meta: dict[str, str], make: Callable) -> tuple[dict, dict]:
     "Tensors and metadata as `make()` returns them, from the file `path` where that holds just these."
     from safetensors import SafetensorError
@@ -207,7 +207,7 @@ def _cached(path: Path, meta: dict[str, str], make: Callable) -> tuple[dict, dic
                 "make room there, or set FEEDBACK_NB_CACHE to a folder that can be written", stacklevel=3)
         return tensors, meta
 
-# %% ../nbs/02_data.ipynb #63c721c9
+# %% ../nbs/02_data.ipynb #215c6fa6
 def _check(path: Path, digest: str | None) -> None:
     "Refuse a file whose published checksum ('md5:…' or 'sha256:…') differs; None: none is known."
     if digest is None: return
@@ -216,7 +216,8 @@ def _check(path: Path, digest: str | None) -> None:
     with open(path, "rb") as f:
         while block := f.read(1 << 20): h.update(block)
     if h.hexdigest() != wanted:
-        raise RuntimeError(f"{str(path)!r} is damaged or is not the original: its {kind} is {h.hexdigest()}, not {wanted}; remove it and get it again")
+        raise RuntimeError(f"{str(path)!r} is damaged or is not the original: its {kind} is {h.hexdigest()}, not {wanted}; "
+            "remove it and get it again")
 
 
 def _stream(url: str, path: Path) -> None:
@@ -239,12 +240,13 @@ def _download(urls: Sequence[str], path: Path, digest: str) -> None:
             return
         except (OSError, HTTPException) as e:
             if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):  # the disk, not the net
-                raise OSError(e.errno, f"could not write the download ({e.strerror}): make room, or set FEEDBACK_NB_CACHE to another folder", str(path)) from None
+                remedy = "make room, or set FEEDBACK_NB_CACHE to another folder"
+                raise OSError(e.errno, f"could not write the download ({e.strerror}): {remedy}", str(path)) from None
             failed.append(f"{url}: {e}")
         except RuntimeError as e: failed.append(f"{url}: damaged, {str(e).split(': ')[-1].split(';')[0]}")
     raise ConnectionError(f"could not download {path.name} ({'; '.join(failed)})")
 
-# %% ../nbs/02_data.ipynb #a8a618cf
+# %% ../nbs/02_data.ipynb #562e2dba
 def _members(path: Path, check: Callable[[Path], None]) -> Iterator[tuple[str, bytes]]:
     "Name and bytes of each file in a folder or a tar archive, after `check`."
     if path.is_dir():
@@ -258,10 +260,12 @@ def _members(path: Path, check: Callable[[Path], None]) -> Iterator[tuple[str, b
             for member in tar:
                 name = PurePosixPath(member.name)
                 if name.is_absolute() or ".." in name.parts:
-                    raise RuntimeError(f"{str(path)!r} holds {member.name!r}, which points out of the archive: do not use it, get it again from its source")
+                    raise RuntimeError(f"{str(path)!r} holds {member.name!r}, which points out of the archive: "
+                        "do not use it, get it again from its source")
                 if member.isreg(): yield member.name, tar.extractfile(member).read()
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as e:
-        raise RuntimeError(f"the archive {str(path)!r} is damaged ({str(e).splitlines()[0].rstrip(':') or 'empty'}): remove it and get it again") from e
+        why = str(e).splitlines()[0].rstrip(":")
+        raise RuntimeError(f"the archive {str(path)!r} is damaged ({why}): remove it and get it again") from e
 
 
 def _in_threads(f: Callable, items: Iterator, many: int = 256) -> list:
@@ -274,7 +278,7 @@ def _in_threads(f: Callable, items: Iterator, many: int = 256) -> list:
             for done in pool.map(lambda part: [f(i) for i in part], parts): out += done
     return out
 
-# %% ../nbs/02_data.ipynb #8d7b4221
+# %% ../nbs/02_data.ipynb #bbf448e4
 def _square(image: Tensor, size: int | None, mask: bool = False) -> Tensor:
     "The middle square of (…, H, W) uint8 images at `size` x `size` pixels; None leaves them."
     if size is None or tuple(image.shape[-2:]) == (size, size): return image
@@ -296,10 +300,12 @@ def _picture(item: tuple[str, bytes], size: int | None, mode: str = "RGB") -> tu
 
 def _stack(pictures: Sequence[tuple[str, Tensor]]) -> Tensor:
     shapes = {tuple(p.shape[1:]): name for name, p in pictures}
-    if len(shapes) > 1: raise ValueError(f"these images have {len(shapes)} sizes, for instance {dict(islice(shapes.items(), 2))}: give load(…, size=…), the side in pixels")
+    if len(shapes) > 1:
+        some = dict(islice(shapes.items(), 2))
+        raise ValueError(f"these images have {len(shapes)} sizes, for instance {some}: give load(…, size=…), the side in pixels")
     return torch.stack([p for _, p in pictures])
 
-# %% ../nbs/02_data.ipynb #a145bbb3
+# %% ../nbs/02_data.ipynb #893e2be0
 def _read_idx(paths, split, size, check, *, family):
     "MNIST and its heirs: images first, then labels."
     import torchvision
@@ -314,7 +320,7 @@ def _read_idx(paths, split, size, check, *, family):
     names = [re.sub(r"^\d - ", "", c) for c in getattr(torchvision.datasets, family).classes]
     return _square(x[:, None], size), y, names
 
-# %% ../nbs/02_data.ipynb #4cd2e7be
+# %% ../nbs/02_data.ipynb #b6b52899
 def _read_cifar(paths, split, size, check, *, family):
     "CIFAR-10 and CIFAR-100, from the archive or its folder."
     import numpy as np
@@ -333,7 +339,7 @@ def _read_cifar(paths, split, size, check, *, family):
     y = torch.tensor([label for b in batches for label in found[b].get("labels", found[b].get("fine_labels"))], dtype=torch.uint8)
     return _square(x, size), y, found[cls.meta["filename"]][cls.meta["key"]]
 
-# %% ../nbs/02_data.ipynb #de233f91
+# %% ../nbs/02_data.ipynb #6bf8e4fb
 IMAGENETTE = dict(zip("n01440764 n02102040 n02979186 n03000684 n03028079 n03394916 n03417042 n03425413 n03445777 n03888257".split(), (
     "tench", "English springer", "cassette player", "chain saw", "church", "French horn", "garbage truck", "gas pump", "golf ball", "parachute")))
 
@@ -355,7 +361,7 @@ def _read_photos(paths, split, size, check):
     if table: english = {row["wnid"]: row["name"] for row in csv.DictReader(table.read_text(encoding="utf-8").splitlines())}
     return _stack(pictures), torch.tensor([number[f] for f in folders], dtype=torch.int16), [english.get(f, f) for f in number]
 
-# %% ../nbs/02_data.ipynb #366e3ece
+# %% ../nbs/02_data.ipynb #ff8ef185
 def _read_pairs(paths, split, size, check):
     "PNG files of the same name under images/ and masks/; class 1 where the mask is bright."
     kinds = {"images": [], "masks": []}
@@ -363,13 +369,15 @@ def _read_pairs(paths, split, size, check):
         *_, kind, file = name.split("/")
         if kind in kinds: kinds[kind].append((file, data))
     images, masks = (sorted(k) for k in kinds.values())
-    if not images or (odd := {n for n, _ in images} ^ {n for n, _ in masks}):
-        raise RuntimeError(f"{str(paths[0])!r}: {len(images)} images and {len(masks)} masks; without a partner: {', '.join(sorted(odd)[:3]) if images else 'none found'}; get it again")
+    odd = sorted({n for n, _ in images} ^ {n for n, _ in masks})
+    if odd or not images:
+        raise RuntimeError(f"{str(paths[0])!r} has {len(images)} images and {len(masks)} masks, "
+            f"without a partner: {', '.join(odd[:3]) or 'none'}; get it again")
     x = _stack(_in_threads(partial(_picture, size=size), iter(images)))
     y = _stack(_in_threads(partial(_picture, size=size, mode="GRAY"), iter(masks)))[:, 0] > 127
     return x, y.to(torch.uint8), ["background", "nucleus"]
 
-# %% ../nbs/02_data.ipynb #a93d4bd6
+# %% ../nbs/02_data.ipynb #3a16af1d
 @dataclass(frozen=True)
 class Source:
     "Where a set comes from, how its files are found and how they are read."
@@ -396,7 +404,7 @@ def names() -> list[str]:
     "The names that `load` knows."
     return list(SOURCES)
 
-# %% ../nbs/02_data.ipynb #b8ffcd4e
+# %% ../nbs/02_data.ipynb #929dafd5
 def _key(name: str) -> str:
     plain = lambda text: re.sub(r"[^a-z0-9]", "", str(text).lower())
     known = {"kmnist": "kuzushiji-mnist"} | {plain(k): k for k in SOURCES}
@@ -408,10 +416,11 @@ def _key(name: str) -> str:
 def _split(key: str, split: str) -> str:
     same = {"val": "valid", "validation": "valid", "training": "train", "testing": "test"}
     if (split := same.get(split, split)) in SOURCES[key].splits: return split
-    advice = f"rest, part = load({key!r}).split_off(0.1) takes a validation set off the training set" if split == "valid" else f"load({key!r}, {next(iter(SOURCES[key].splits))!r})"
+    advice = f"load({key!r}, {next(iter(SOURCES[key].splits))!r})"
+    if split == "valid": advice = f"rest, part = load({key!r}).split_off(0.1) takes a validation set off the training set"
     raise ValueError(f"{key} has no split {split!r}, only {', '.join(SOURCES[key].splits)}: {advice}")
 
-# %% ../nbs/02_data.ipynb #32efb9c9
+# %% ../nbs/02_data.ipynb #666768f0
 def _locate(key: str, split: str, size: int | None, root: Path | None) -> tuple[Path | None, list[Path], list[Path]]:
     "The place that has the set, its files there, and all places looked at."
     source, places = SOURCES[key], [root] if root else []
@@ -426,6 +435,9 @@ def _locate(key: str, split: str, size: int | None, root: Path | None) -> tuple[
     return None, [], places
 
 
+_NAME = "let root= or FEEDBACK_NB_DATA name a folder"
+
+
 def _px(size: int | None) -> str: return "-160" if (size or 160) <= 160 else "-320" if size <= 320 else ""  # Imagenette comes in three sizes
 
 
@@ -435,19 +447,20 @@ def _get(key: str, split: str, size: int | None, root: Path | None, download: bo
     if place: return place, paths
     files = " or ".join(layout[0].format(split=source.splits[split], px=_px(size)) for layout in source.layouts)
     lost = f"{key} ({split}) was not found: no {files} in {', '.join(dict.fromkeys(repr(str(p)) for p in places))}"
-    if key == "cifar10" and _locate("cifar10-jpeg", split, None, root)[0]: lost += "; load('cifar10-jpeg') has re-encoded pixels, which are not the same data"
+    if key == "cifar10" and _locate("cifar10-jpeg", split, None, root)[0]:
+        lost += "; load('cifar10-jpeg') has re-encoded pixels, which are not the same data"
     if not source.fetch: raise FileNotFoundError(f"{lost}. It cannot be downloaded: {source.advice}")
     if not download:
-        raise FileNotFoundError(f"{lost}. load({key!r}, download=True) gets it ({source.megabytes:g} MB), or let root= or FEEDBACK_NB_DATA name a folder that has it")
+        raise FileNotFoundError(f"{lost}. load({key!r}, download=True) gets it ({source.megabytes:g} MB), or {_NAME} that has it")
     for urls, name, digest in source.fetch(source.splits[split], size):
         file = places[-1] / name
         with _alone(file):
             if file.exists(): continue
             try: _download(urls, file, digest)
-            except ConnectionError as e: raise ConnectionError(f"{lost}, and {e}. Put it there by hand, or let root= or FEEDBACK_NB_DATA name a folder that has it") from None
+            except ConnectionError as e: raise ConnectionError(f"{lost}, and {e}. Put it there by hand, or {_NAME} that has it") from None
     return _locate(key, split, size, root)[:2]
 
-# %% ../nbs/02_data.ipynb #6b78f9c6
+# %% ../nbs/02_data.ipynb #9f6d3a00
 def _checker(source: Source, split: str, size: int | None, place: Path) -> Callable[[Path], None]:
     "A function that raises when a file under `place` is not what its publisher says."
     known = {place / name: digest for _, name, digest in (source.fetch(split, size) if source.fetch else [])}
@@ -465,7 +478,7 @@ def _fingerprint(paths: Sequence[Path]) -> str:
             h.update(f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}\n".encode())
     return h.hexdigest()
 
-# %% ../nbs/02_data.ipynb #380e7972
+# %% ../nbs/02_data.ipynb #f51021e8
 def load(
     name: str,                          # one of names(); capitals, "-" and "_" do not matter
     split: str = "train",               # train, test and, where the set has one, valid
@@ -494,7 +507,7 @@ def load(
         tensors, meta = _cached(file, {"format": str(FORMAT), "source": _fingerprint(paths)}, make)
     return TensorData(tensors["x"], tensors["y"].long(), json.loads(meta["classes"]), key, split)
 
-# %% ../nbs/02_data.ipynb #cbab6746
+# %% ../nbs/02_data.ipynb #19f6067b
 SAMPLES_URL = "https://raw.githubusercontent.com/feedback-nb/feedback_nb/main/nbs/samples/"
 SAMPLES = {  # sha256, as scripts/make_samples.py printed them
     "fashion-mnist-sample.safetensors": "2fbb2ae817da4863627e19abe6b5094ac8aca59bfffecc48821841c25d231863",
@@ -528,14 +541,15 @@ SOURCES |= {
     "fashion-mnist-sample": _sample("fashion-mnist-sample.safetensors", "2,000 + 500 of Fashion-MNIST", "MIT", "Xiao et al. 2017", _read_sample),
 }
 
-# %% ../nbs/02_data.ipynb #74d5842f
+# %% ../nbs/02_data.ipynb #ecf91b5c
 def _idx(family: str, folder: str, *facts) -> Source:
     files = tuple(f"{folder}/raw/{{split}}-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1"))
     def fetch(split, size):
         import torchvision
         cls = getattr(torchvision.datasets, family)
         return [([m + f for m in cls.mirrors], f"{folder}/raw/{f}", f"md5:{md5}") for f, md5 in cls.resources if f.startswith(split)]
-    return Source(*facts[:3], partial(_read_idx, family=family), (tuple(f + ".gz" for f in files), files), {"train": "train", "test": "t10k"}, fetch, facts[3])
+    layouts = (tuple(f + ".gz" for f in files), files)
+    return Source(*facts[:3], partial(_read_idx, family=family), layouts, {"train": "train", "test": "t10k"}, fetch, facts[3])
 
 
 def _cifar(family: str, archive: str, folder: str, *facts) -> Source:
@@ -550,13 +564,17 @@ SOURCES |= {
     "mnist": _idx("MNIST", "MNIST", "60,000 + 10,000 digits, 28x28 grey", "CC BY-SA 3.0, as commonly given", "LeCun et al. 1998", 11.6),
     "fashion-mnist": _idx("FashionMNIST", "FashionMNIST", "60,000 + 10,000 articles of clothing, 28x28 grey", "MIT", "Xiao et al. 2017", 30.9),
     "kuzushiji-mnist": _idx("KMNIST", "KMNIST", "60,000 + 10,000 cursive characters, 28x28 grey", "CC BY-SA 4.0", "Clanuwat et al. 2018", 21.3),
-    "cifar10": _cifar("CIFAR10", "cifar-10-python.tar.gz", "cifar-10-batches-py", "50,000 + 10,000 photos, 32x32, 10 classes", "none given, cite the report", "Krizhevsky 2009", 170.5),
-    "cifar100": _cifar("CIFAR100", "cifar-100-python.tar.gz", "cifar-100-python", "50,000 + 10,000 photos, 32x32, 100 classes", "none given, cite the report", "Krizhevsky 2009", 169.0),
-    "cifar10-jpeg": Source("CIFAR-10 after JPEG, quality 75: other pixels, other scores", "none given, cite the report", "Krizhevsky 2009, re-encoded", _read_photos,
-        (("cifar10-jpeg/{split}.tar.gz",), ("cifar10-jpeg/{split}",)), advice="let root= or FEEDBACK_NB_DATA name a folder with cifar10-jpeg/train.tar.gz and test.tar.gz, or use cifar10"),
+    "cifar10": _cifar("CIFAR10", "cifar-10-python.tar.gz", "cifar-10-batches-py",
+        "50,000 + 10,000 photos, 32x32, 10 classes", "none given, cite the report", "Krizhevsky 2009", 170.5),
+    "cifar100": _cifar("CIFAR100", "cifar-100-python.tar.gz", "cifar-100-python",
+        "50,000 + 10,000 photos, 32x32, 100 classes", "none given, cite the report", "Krizhevsky 2009", 169.0),
+    "cifar10-jpeg": Source(
+        "CIFAR-10 after JPEG, quality 75: other pixels, other scores", "none given, cite the report", "Krizhevsky 2009, re-encoded",
+        _read_photos, (("cifar10-jpeg/{split}.tar.gz",), ("cifar10-jpeg/{split}",)),
+        advice=f"{_NAME} with cifar10-jpeg/train.tar.gz and test.tar.gz, or use cifar10"),
 }
 
-# %% ../nbs/02_data.ipynb #82479c78
+# %% ../nbs/02_data.ipynb #5fa839aa
 _TERMS = "ImageNet's terms: research and education, no redistribution"
 _IMAGENETTE = {"-160": "e793b78cc4c9e9a4ccc0c1155377a412", "-320": "3df6f0d01a2c9592104656642f5e78a3", "": "fe2fc210e6bb7c5664d602c3cd71e612"}
 
@@ -566,19 +584,23 @@ def _fetch_imagenette(split, size):
     return [([f"https://s3.amazonaws.com/fast-ai-imageclas/{file}"], file, f"md5:{_IMAGENETTE[_px(size)]}")]
 
 
+_HELD_OUT = {"train": "train", "valid": "val", "test": "val"}  # the labelled images that are not for training
 SOURCES |= {
-    "imagenette": Source("9,469 + 3,925 photos of 10 easy ImageNet classes", _TERMS, "Howard 2019", _read_photos, (("imagenette2{px}.tgz",), ("imagenette2{px}/{split}",)),
-        {"train": "train", "valid": "val", "test": "val"}, _fetch_imagenette, 99, 160),
-    "imagenette-128": Source("4,000 + 1,000 of Imagenette, 128x128", _TERMS, "Howard 2019, resized", _read_photos, (("imagenette-128/{split}.tar.gz",), ("imagenette-128/{split}",)),
-        {"train": "train", "valid": "val", "test": "val"}, advice="let root= or FEEDBACK_NB_DATA name a folder with imagenette-128/train.tar.gz and val.tar.gz, or use imagenette"),
-    "imagenet-sample": Source("one photo of each of the 1,000 ImageNet classes", _TERMS, "Russakovsky et al. 2015", _read_photos, (("imagenet-sample",),),
-        {"test": "test"}, size=160, advice="let root= or FEEDBACK_NB_DATA name a folder with imagenet-sample/<WordNet number>/<photo>.JPEG"),
-    "nuclei": Source("497 + 90 microscope images with masks of the nuclei", "CC0", "Caicedo et al. 2019", _read_pairs, (("nuclei/{split}",),), size=128,
-        advice="let root= or FEEDBACK_NB_DATA name a folder with nuclei/train and nuclei/test, each with images/ and masks/, or use nuclei-sample"),
+    "imagenette": Source("9,469 + 3,925 photos of 10 easy ImageNet classes", _TERMS, "Howard 2019",
+        _read_photos, (("imagenette2{px}.tgz",), ("imagenette2{px}/{split}",)), _HELD_OUT, _fetch_imagenette, 99, 160),
+    "imagenette-128": Source("4,000 + 1,000 of Imagenette, 128x128", _TERMS, "Howard 2019, resized",
+        _read_photos, (("imagenette-128/{split}.tar.gz",), ("imagenette-128/{split}",)), _HELD_OUT,
+        advice=f"{_NAME} with imagenette-128/train.tar.gz and val.tar.gz, or use imagenette"),
+    "imagenet-sample": Source("one photo of each of the 1,000 ImageNet classes", _TERMS, "Russakovsky et al. 2015",
+        _read_photos, (("imagenet-sample",),), {"test": "test"}, size=160,
+        advice=f"{_NAME} with imagenet-sample/<WordNet number>/<photo>.JPEG"),
+    "nuclei": Source("497 + 90 microscope images with masks of the nuclei", "CC0", "Caicedo et al. 2019",
+        _read_pairs, (("nuclei/{split}",),), size=128,
+        advice=f"{_NAME} with nuclei/train and nuclei/test, each with images/ and masks/, or use nuclei-sample"),
     "nuclei-sample": _sample("nuclei-sample.tar", "45 + 15 of nuclei", "CC0", "Caicedo et al. 2019", _read_pairs, size=128),
 }
 
-# %% ../nbs/02_data.ipynb #0a0cabb9
+# %% ../nbs/02_data.ipynb #95213f22
 def _corners(u: Tensor, size: int, classes: int) -> tuple[Tensor, Tensor]:
     "Uniform draws (n, shapes, 5 + 2V) to corners (n, shapes, V, 2) in pixels, x before y, and their number (n, shapes, 1)."
     most = (u.shape[-1] - 5) // 2
@@ -602,7 +624,7 @@ def _inside(corners: Tensor, size: int) -> Tensor:
         inside ^= p < at[..., None]
     return inside
 
-# %% ../nbs/02_data.ipynb #ea6ac660
+# %% ../nbs/02_data.ipynb #4e59a688
 def polygons(
     n: int = 200,               # how many images
     size: int = 128,            # side in pixels
@@ -631,10 +653,11 @@ def _read_polygons(paths, split, size, check, *, n, **options):
     return x, y, ["background", *(["polygon"] if k == 1 else [f"{c + 2} corners" for c in range(1, k + 1)])]
 
 
-SOURCES["polygons"] = Source("white polygons on black with masks, drawn when asked for", "none needed", "after Calhas & Oliveira 2025", _read_polygons,
+SOURCES["polygons"] = Source(
+    "white polygons on black with masks, drawn when asked for", "none needed", "after Calhas & Oliveira 2025", _read_polygons,
     splits={s: s for s in ("train", "valid", "test")}, size=128, options={"n": None, "classes": 1, "shapes": 1, "seed": 0}, keep=False)
 
-# %% ../nbs/02_data.ipynb #8cb085e2
+# %% ../nbs/02_data.ipynb #5432c8cd
 def gaussian_noise(
     x: Tensor,                                  # (B, C, H, W) uint8, or float in [0, 1]
     sigma: float,                               # standard deviation, in units of the full range
@@ -651,7 +674,7 @@ def gaussian_noise(
     low, high = x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)
     return (x - low) / (high - low).clamp_min(torch.finfo(x.dtype).tiny)
 
-# %% ../nbs/02_data.ipynb #7703736e
+# %% ../nbs/02_data.ipynb #25adce05
 SEVERITIES = {  # levels 1…5 of CIFAR-10-C, for images of 32 x 32 pixels
     "gaussian_noise": (0.04, 0.06, 0.08, 0.09, 0.10),       # standard deviation
     "shot_noise": (500, 250, 100, 75, 50),                  # photons of a white pixel
@@ -674,7 +697,7 @@ def _noise(kind: str, x: Tensor, level: float, g: torch.Generator) -> Tensor:
     z = level * torch.randn(x.shape, generator=g, device=x.device)
     return x + z if kind == "gaussian_noise" else x + x * z
 
-
+# %% ../nbs/02_data.ipynb #1e16ad5c
 def _disk(radius: float, soft: float) -> Tensor:
     "A disk on a grid of 17 pixels, its edge softened by a Gaussian of three."
     i = torch.arange(-8.0, 9.0)
@@ -693,7 +716,7 @@ def _blur(kind: str, x: Tensor, level: float | tuple[float, float]) -> Tensor:
     kernel, channels = kernel.to(x), x.shape[1]
     return F.conv2d(F.pad(x, [len(kernel) // 2] * 4, mode=edges), kernel.expand(channels, 1, -1, -1), groups=channels)
 
-# %% ../nbs/02_data.ipynb #f135633b
+# %% ../nbs/02_data.ipynb #d897a151
 def _coarse(x: Tensor, share: float) -> Tensor:
     "Shrink and enlarge again with Pillow's box filter, whose weights are read off by resizing an identity matrix."
     import numpy as np
@@ -711,7 +734,7 @@ def _pointwise(kind: str, x: Tensor, level: float) -> Tensor:
     brighter = (value + level).clamp_max(1)
     return torch.where(value > 0, x * brighter / value.clamp_min(1e-9), brighter)
 
-# %% ../nbs/02_data.ipynb #d3a9c0d8
+# %% ../nbs/02_data.ipynb #381e95d1
 def corrupt(
     x: Tensor,          # (N, C, H, W) uint8, C = 1 or 3
     kind: str,          # one of SEVERITIES
@@ -722,7 +745,8 @@ def corrupt(
     if kind not in SEVERITIES: raise ValueError(f"unknown corruption {kind!r}; known: {', '.join(SEVERITIES)}")
     if severity not in (1, 2, 3, 4, 5): raise ValueError(f"severity must be 1, 2, 3, 4 or 5, got {severity!r}")
     if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] not in (1, 3):
-        raise TypeError(f"corrupt takes uint8 images (N, 1 or 3, H, W), got {x.dtype} {tuple(x.shape)}; a float image in [0, 1] becomes one with (x * 255).round().byte()")
+        raise TypeError(f"corrupt takes uint8 images (N, 1 or 3, H, W), got {x.dtype} {tuple(x.shape)}; "
+            "floats in [0, 1] become bytes by (x * 255).round().byte()")
     level, g, out = SEVERITIES[kind][severity - 1], torch.Generator(x.device).manual_seed(seed), []
     for part in x.split(512):  # bounds the memory for floats
         if kind == "jpeg":
@@ -736,7 +760,7 @@ def corrupt(
         out.append((p.clamp(0, 1) * 255).round().byte())
     return torch.cat(out) if out else x.clone()
 
-# %% ../nbs/02_data.ipynb #36faa808
+# %% ../nbs/02_data.ipynb #6cb44f39
 def augment(
     x: Tensor,                                  # (B, C, H, W), any type, any device
     padding: int = 4,                           # zeros around the image before an H x W window is cut out
@@ -754,7 +778,7 @@ def augment(
     image, channel = torch.arange(b, device=x.device)[:, None, None, None], torch.arange(c, device=x.device)[:, None, None]
     return F.pad(x, [padding] * 4)[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
 
-# %% ../nbs/02_data.ipynb #3e628265
+# %% ../nbs/02_data.ipynb #6e4ad643
 def mel_spectrogram(
     n_mels: int = 64,       # frequency bands
     rate: int = 16000,      # samples per second
@@ -764,9 +788,10 @@ def mel_spectrogram(
     mel = transforms.MelSpectrogram(rate, n_fft=1024, win_length=rate // 40, hop_length=rate // 100, n_mels=n_mels)
     return torch.nn.Sequential(mel, transforms.AmplitudeToDB(top_db=80))
 
-# %% ../nbs/02_data.ipynb #b0331710
+# %% ../nbs/02_data.ipynb #0874362c
 DIGITS = "eight five four nine one seven six three two zero".split()
-WORDS = sorted([*DIGITS, *("backward bed bird cat dog down follow forward go happy house learn left marvin no off on right sheila stop tree up visual wow yes".split())])
+WORDS = sorted(DIGITS + ("backward bed bird cat dog down follow forward go happy house learn left marvin no off on right "
+    "sheila stop tree up visual wow yes").split())
 
 
 def _clip(item: tuple[str, bytes], seconds: float) -> tuple[str, int, Tensor]:
@@ -775,7 +800,8 @@ def _clip(item: tuple[str, bytes], seconds: float) -> tuple[str, int, Tensor]:
     except ImportError as e: raise ImportError("sound is read by the package soundfile: pip install soundfile torchaudio") from e
     name, data = item
     try: wave, rate = soundfile.read(io.BytesIO(data), dtype="int16")
-    except soundfile.SoundFileError as e: raise RuntimeError(f"the sound {name!r} is damaged ({e}): remove its file or archive and get it again") from None
+    except soundfile.SoundFileError as e:
+        raise RuntimeError(f"the sound {name!r} is damaged ({e}): remove its file or archive and get it again") from None
     if wave.ndim != 1: raise RuntimeError(f"the sound {name!r} has {wave.shape[1]} channels, expected one")
     n = round(seconds * rate)
     return name, rate, F.pad(torch.from_numpy(wave[:n]), [0, n - len(wave[:n])])
@@ -788,27 +814,37 @@ def _features(wave: Tensor, rate: int, features: str, n_mels: int) -> Tensor:
     wave = resample(_float(wave), rate, 16000)[:, None]
     return mel_spectrogram(n_mels)(wave).half() if features == "mel" else (wave * 32768).round().clamp(-32768, 32767).short()
 
-# %% ../nbs/02_data.ipynb #ccbe8405
+# %% ../nbs/02_data.ipynb #4942d33a
+def _lists(path: Path, check: Callable, words: Sequence[str]) -> dict[str, set]:
+    "The clips of the testing and the validation list, after a look whether these are the `words`."
+    lists, found = {}, set()
+    for name, data in _members(path, check):
+        *_, word, file = ("", *name.split("/"))
+        if file.endswith("_list.txt"): lists[file.removesuffix("_list.txt")] = set(data.decode().split())
+        elif file.endswith(".wav") and not word.startswith("_"): found.add(word)  # _background_noise_ is no word
+    if found == set(words) and lists.keys() == {"testing", "validation"}: return lists
+    raise RuntimeError(f"{str(path)!r} has {len(found)} words ({', '.join(sorted(found)[:3])} …) and {len(lists)} lists, expected {len(words)} words "
+        "and 2 lists: spoken-digits has ten words, speechcommands 35; load the one that this is, or get it again")
+
+
 def _read_speech(paths, split, size, check, *, words, features, n_mels, seconds):
-    "The layout of Speech Commands: <word>/<speaker>_nohash_<take>.wav, and lists of the validation and testing clips."
+    "The layout of Speech Commands: <word>/<speaker>_nohash_<take>.wav, and lists of the clips that are not for training."
     if size is not None: raise ValueError(f"sounds have no size in pixels, got size={size}; there are n_mels= and seconds=")
     if features not in ("mel", "wave"): raise ValueError(f"features must be 'mel' or 'wave', got {features!r}")
-    ends, lists, found, clips = partial(lambda name, n: "/".join(name.split("/")[-n:]), n=2), {}, set(), []
-    for name, data in _members(paths[-1], check):  # the lists may stand anywhere in an archive, so it is gone through twice
-        if name.endswith("_list.txt"): lists[name.split("/")[-1].removesuffix("_list.txt")] = set(data.decode().split())
-        elif name.endswith(".wav") and not (word := ends(name).split("/")[0]).startswith("_"): found.add(word)
-    if found != set(words) or lists.keys() != {"testing", "validation"}:
-        raise RuntimeError(f"{str(paths[-1])!r} has {len(found)} words ({', '.join(sorted(found)[:3])} …) and {len(lists)} lists, expected {len(words)} words and 2 lists: "
-            "spoken-digits has ten words, speechcommands 35; load the one that this is, or get it again")
-    inside = lambda clip: clip in lists[split] if split in lists else not any(clip in part for part in lists.values())
-    chosen = ((ends(n), d) for n, d in _members(paths[-1], lambda path: None) if n.endswith(".wav") and not ends(n).startswith("_") and inside(ends(n)))
+    lists = _lists(paths[-1], check, words)  # they may stand at the end of an archive, so it is gone through twice
+    named = (("/".join(name.split("/")[-2:]), data) for name, data in _members(paths[-1], lambda path: None) if name.endswith(".wav"))
+    inside = lists.get(split) or set()
+    outside = set() if split in lists else set.union(*lists.values())
+    chosen = ((clip, data) for clip, data in named if not clip.startswith("_") and (clip in inside if split in lists else clip not in outside))
     clips = sorted(_in_threads(partial(_clip, seconds=seconds), chosen), key=lambda c: c[0])
-    if len(rates := {rate for _, rate, _ in clips}) != 1: raise RuntimeError(f"{str(paths[-1])!r} has clips at {sorted(rates)} samples per second, expected one rate")
-    x = torch.cat([_features(torch.stack([w for *_, w in clips[i : i + 512]]), *rates, features, n_mels) for i in range(0, len(clips), 512)])
+    rates = {rate for _, rate, _ in clips}
+    if len(rates) != 1: raise RuntimeError(f"{str(paths[-1])!r} has clips of {len(rates)} sampling rates ({sorted(rates)}) in {split}, expected one")
+    parts = (torch.stack([wave for *_, wave in clips[i : i + 512]]) for i in range(0, len(clips), 512))
     number = {word: i for i, word in enumerate(words)}
-    return x, torch.tensor([number[name.split("/")[0]] for name, *_ in clips], dtype=torch.int16), words
+    y = torch.tensor([number[clip.split("/")[0]] for clip, *_ in clips], dtype=torch.int16)
+    return torch.cat([_features(part, *rates, features, n_mels) for part in parts]), y, words
 
-
+# %% ../nbs/02_data.ipynb #acddfe67
 def _fetch_speech(split, size):
     file = "speech_commands_v0.02.tar.gz"
     return [([f"https://storage.googleapis.com/download.tensorflow.org/data/{file}", f"http://download.tensorflow.org/data/{file}"], file,
@@ -819,16 +855,17 @@ _SPOKEN = "SpeechCommands/speech_commands_v0.02"
 _LISTS = {"train": "training", "valid": "validation", "test": "testing"}
 _SOUND = {"features": "mel", "n_mels": 64, "seconds": 1.0}
 SOURCES |= {
-    "speechcommands": Source("105,829 clips of 35 spoken words, 16 kHz", "CC BY 4.0", "Warden 2018", partial(_read_speech, words=WORDS),
-        ((f"{_SPOKEN}/yes", _SPOKEN), ("speech_commands_v0.02.tar.gz",)), _LISTS, _fetch_speech, 2429, options=_SOUND),
-    "spoken-digits": Source("3,000 clips of ten spoken digits, recorded at 8 kHz", "CC BY-SA 4.0", "Jackson et al., FSDD", partial(_read_speech, words=DIGITS),
-        (("SpeechCommands.tar.gz",), (f"{_SPOKEN}/zero", _SPOKEN)), _LISTS, options=_SOUND,
-        advice="let root= or FEEDBACK_NB_DATA name a folder with SpeechCommands.tar.gz, or use spoken-digits-sample"),
-    "spoken-digits-sample": _sample("spoken-digits-sample.tar", "40 + 20 of spoken-digits", "CC BY-SA 4.0", "Jackson et al., FSDD", partial(_read_speech, words=DIGITS),
-        splits={"train": "training", "test": "testing"}, options=_SOUND),
+    "speechcommands": Source("105,829 clips of 35 spoken words, 16 kHz", "CC BY 4.0", "Warden 2018",
+        partial(_read_speech, words=WORDS), ((f"{_SPOKEN}/yes", _SPOKEN), ("speech_commands_v0.02.tar.gz",)),
+        _LISTS, _fetch_speech, 2429, options=_SOUND),
+    "spoken-digits": Source("3,000 clips of ten spoken digits, recorded at 8 kHz", "CC BY-SA 4.0", "Jackson et al., FSDD",
+        partial(_read_speech, words=DIGITS), (("SpeechCommands.tar.gz",), (f"{_SPOKEN}/zero", _SPOKEN)),
+        _LISTS, options=_SOUND, advice=f"{_NAME} with SpeechCommands.tar.gz, or use spoken-digits-sample"),
+    "spoken-digits-sample": _sample("spoken-digits-sample.tar", "40 + 20 of spoken-digits", "CC BY-SA 4.0", "Jackson et al., FSDD",
+        partial(_read_speech, words=DIGITS), splits={"train": "training", "test": "testing"}, options=_SOUND),
 }
 
-# %% ../nbs/02_data.ipynb #09af309e
+# %% ../nbs/02_data.ipynb #05981a51
 class PhotoFolder(_Parts, torch.utils.data.Dataset):
     "Photos in one folder per class, decoded when asked for."
     def __init__(self,
@@ -842,7 +879,8 @@ class PhotoFolder(_Parts, torch.utils.data.Dataset):
         from torchvision.datasets import ImageFolder
         found = ImageFolder(folder)
         if classes is not None and len(classes) != len(found.classes):
-            raise RuntimeError(f"{str(folder)!r} has {len(found.classes)} classes, expected {len(classes)}: some folders are missing or do not belong there")
+            raise RuntimeError(f"{str(folder)!r} has {len(found.classes)} classes, expected {len(classes)}: "
+                "some folders are missing or do not belong there")
         self.files, labels = zip(*found.samples)
         self.y, self.classes, self.size = torch.tensor(labels), tuple(found.classes if classes is None else classes), size
         self.transform, self.name, self.split = transform, name, split
@@ -862,17 +900,19 @@ class PhotoFolder(_Parts, torch.utils.data.Dataset):
         part.files, part.y = [self.files[k] for k in i.tolist()], self.y[i]
         return part
 
-
+# %% ../nbs/02_data.ipynb #e5db0103
 def _read_imagenet(paths, split, size, key, *, transform):
     from torchvision.models import AlexNet_Weights
     return PhotoFolder(paths[-1], size, transform, key, split, AlexNet_Weights.IMAGENET1K_V1.meta["categories"])
 
 
-SOURCES["imagenet"] = Source("1,281,167 + 50,000 photos, 1,000 classes, left in their files", _TERMS, "Russakovsky et al. 2015", _read_imagenet,
-    (("imagenet/{split}",), ("ILSVRC/Data/CLS-LOC/{split}",), ("{split}/n01440764", "{split}")), {"train": "train", "valid": "val", "test": "val"}, size=224,
-    options={"transform": None}, keep=False, lazy=True, advice="get it from image-net.org and let root= or FEEDBACK_NB_DATA name a folder with imagenet/train and imagenet/val, one folder per class in each")
+SOURCES["imagenet"] = Source(
+    "1,281,167 + 50,000 photos, 1,000 classes, left in their files", _TERMS, "Russakovsky et al. 2015", _read_imagenet,
+    (("imagenet/{split}",), ("ILSVRC/Data/CLS-LOC/{split}",), ("{split}/n01440764", "{split}")), _HELD_OUT, size=224,
+    options={"transform": None}, keep=False, lazy=True,
+    advice=f"get it from image-net.org and {_NAME} with imagenet/train and imagenet/val, one folder per class in each")
 
-# %% ../nbs/02_data.ipynb #66215758
+# %% ../nbs/02_data.ipynb #41e0770e
 def catalogue(
     root: str | Path | None = None,     # as for `load`
 ) -> list[dict]:                        # one row per set: name, what, licence, MB to download, where it was found

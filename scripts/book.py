@@ -79,15 +79,18 @@ def key_of(root: Path, notebook: Path, environment: str) -> str:
     # a recorded cell is not executed: what it shows is part of the input
     digest.update(json.dumps([["".join(c["source"]), c["outputs"] if skipped(root, c) else 0] for c in cells if c["cell_type"] == "code"]).encode())
     package = root / settings(root)["lib_path"]
-    reached, waiting = set(), {"__init__"} | imported(package, code)
+    reached, waiting, everything = set(), {"__init__"} | imported(package, code), code
     while waiting:
         module = waiting.pop()
         reached.add(module)
         if (path := package / f"{module}.py").is_file():
             text = path.read_text(encoding="utf-8")
             digest.update(f"{module}\0{text}".encode())
+            everything += text
             waiting |= imported(package, text, ast.parse(text)) - reached
     for folder in ("nbs/samples", "nbs/images", "results"):
+        if Path(folder).name not in everything:  # neither the notebook nor what it imports speaks of it
+            continue
         for path in sorted((root / folder).rglob("*")):
             if path.is_file():
                 digest.update(str(path.relative_to(root)).encode() + hashlib.sha256(path.read_bytes()).digest())
@@ -198,10 +201,10 @@ def in_turn(jobs: int) -> Iterator[ThreadPoolExecutor]:
     pool.shutdown()
 
 
-def run_all(root: Path, out: Path, jobs: int, env: dict[str, str]) -> dict[str, dict]:
+def run_all(root: Path, paths: list[Path], out: Path, jobs: int, env: dict[str, str]) -> dict[str, dict]:
     "Execute what changed, `jobs` at a time, with a line for each notebook; returns name -> what is known of its copy."
     environment = sys.version + "\n".join(sorted(f"{d.metadata['Name']}=={d.version}" for d in distributions() if d.metadata["Name"] != settings(root)["lib_name"]))
-    paths, state = notebooks(root), {}
+    state = {}
 
     def one(path: Path) -> tuple[Path, dict | None, str, bool]:
         copy, key = out / "notebooks" / path.name, key_of(root, path, environment)
@@ -232,7 +235,7 @@ def write_pages(root: Path, out: Path, state: dict[str, dict], jobs: int, env: d
     sys.path.insert(0, str(Path(__file__).parent))
     import pages
 
-    chapters = pages.contents(root)
+    chapters = [c for c in pages.contents(root) if c["stem"] in state]  # one may have come while the others ran
     package = root / settings(root)["lib_path"]
     common = hashlib.sha256(json.dumps(chapters).encode())
     for path in [*sorted(Path(__file__).parent.glob("*.py")), Path(__file__).with_name("book.css"), *sorted(package.glob("*.py"))]:
@@ -285,12 +288,13 @@ def main() -> int:
         import pages
 
         stem, out, key = args.page
-        html, faults = pages.make(root, stem, Path(out), key)
-        replace(Path(out) / html[0], html[1])
+        (name, text), faults = pages.make(root, stem, Path(out), key)
+        replace(Path(out) / name, text.replace(f"<!-- key {key} -->", "<!-- with faults -->", 1) if faults else text)  # so that the next run tries again
         print("\n".join(faults))
         return 0
     start, out = time.perf_counter(), root / "_book"
-    if not notebooks(root):
+    paths = notebooks(root)
+    if not paths:
         print(f"no notebook in {root / 'nbs'}: nothing to make a book of", file=sys.stderr)
         return 1
     env = {k: v for k, v in os.environ.items() if k not in ("MPLBACKEND", "IN_TEST")} | {"TQDM_DISABLE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
@@ -298,12 +302,12 @@ def main() -> int:
         env["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // args.jobs))
     if data := os.environ.get("FEEDBACK_NB_DATA"):
         env["FEEDBACK_NB_DATA"] = os.environ["FEEDBACK_NB_DATA"] = os.path.abspath(data)  # kernels run in nbs/
-    print(f"Executing {len(notebooks(root))} notebooks, {args.jobs} at a time; cells flagged {settings(root).get('tst_flags', '')} keep their recorded outputs.", flush=True)
+    print(f"Executing {len(paths)} notebooks, {args.jobs} at a time; cells flagged {settings(root).get('tst_flags', '')} keep their recorded outputs.", flush=True)
     (out / "notebooks").mkdir(parents=True, exist_ok=True)
     for stale in (out / "notebooks").glob("*.ipynb"):
         if not (root / "nbs" / stale.name).is_file():
             stale.unlink()
-    state = run_all(root, out, args.jobs, env)
+    state = run_all(root, paths, out, args.jobs, env)
     faults = write_pages(root, out, state, args.jobs, env)
     for fault in faults:
         print(f"    FAULT in {fault}")

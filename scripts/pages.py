@@ -327,9 +327,9 @@ def frame(root: Path, chapters: list[dict], chapter: dict, body: str, headings: 
     for c in rest:
         inside = ""
         if c is chapter and headings:
-            inside = "<ul>" + "".join(f'<li><a href="#{i}">{t}</a></li>' for i, t in headings) + "</ul>"
+            inside = "<ul>" + "".join(f'<li><a href="#{i}"><span>{t}</span></a></li>' for i, t in headings) + "</ul>"
         current = ' aria-current="page"' if c is chapter else ""
-        entries.append(f'<li><a href="{c["page"]}"{current}><span class="number">{c["number"]}</span> {html.escape(c["title"])}</a>{inside}</li>')
+        entries.append(f'<li><a href="{c["page"]}"{current}><span class="number">{c["number"]}</span> <span>{html.escape(c["title"])}</span></a>{inside}</li>')
     row = ([index] if index else []) + rest
     at = next((i for i, c in enumerate(row) if c is chapter), None)
     turn = []
@@ -399,6 +399,9 @@ def make(root: Path, stem: str, out: Path, key: str) -> tuple[tuple[str, str], l
     soup = BeautifulSoup(pandoc(references(page, text), page.faults), "html.parser")
     relink(root, chapters, soup, page.faults)
     for table in soup.find_all("table"):
+        for part in table.find_all("colgroup") + [head for head in table.find_all("thead") if not head.get_text(strip=True)]:
+            part.decompose()  # pandoc's widths come from the dashes of the source; a browser knows better
+        table.attrs.pop("style", None)
         table.wrap(soup.new_tag("div", attrs={"class": "scroll"}))
     for math in soup.find_all("math", display="block"):
         math.wrap(soup.new_tag("span", attrs={"class": "display"}))

@@ -59,6 +59,7 @@ def readme(index: Path) -> str:
 
     notebook = nbformat.read(index, as_version=4)
     plain_cells(notebook)
+    notebook.metadata.language_info = {"name": "python"}  # nbdev_clean drops it; the fences of the README name it
     text, resources = MarkdownExporter().from_notebook_node(notebook)
     parts = re.split(r"(^```.*?^```[ \t]*$)", text, flags=re.M | re.S)
     for i in range(0, len(parts), 2):

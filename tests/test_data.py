@@ -27,7 +27,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Subset
 
 from feedback_nb import data
-from feedback_nb.data import PhotoFolder, TensorData, augment, catalogue, cli, corrupt, gaussian_noise, load, mel_spectrogram, names, polygons
+from feedback_nb.data import PhotoFolder, TensorData, augment, catalogue, cli, corrupt, gaussian_noise, load, names, polygons
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = ROOT / "nbs" / "samples"
@@ -186,7 +186,7 @@ def test_a_dataloader_takes_a_batch_by_one_index_operation(workers):
     assert [len(x) for x, _ in batches] == [32, 32, 32, 4] and not calls
     torch.testing.assert_close(torch.cat([x for x, _ in batches]), d.x / 255)
     torch.testing.assert_close(torch.cat([y for _, y in batches]), d.y)
-    x, y = next(iter(DataLoader(Subset(counted, range(50, 60)), batch_size=4, collate_fn=counted.collate)))
+    _, y = next(iter(DataLoader(Subset(counted, range(50, 60)), batch_size=4, collate_fn=counted.collate)))
     torch.testing.assert_close(y, d.y[50:54])
 
 
@@ -993,7 +993,7 @@ def test_the_command_lists_gets_and_fails_in_one_line(root, capsys):
 
 def test_the_command_tells_its_version():
     import feedback_nb
-    done = subprocess.run([sys.executable, "-c", "from feedback_nb.data import cli; cli(['--version'])"], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    done = subprocess.run([sys.executable, "-c", "from feedback_nb.data import cli; cli(['--version'])"], check=True, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.stdout.strip() == f"feedback_nb {feedback_nb.__version__}"
 
 

@@ -767,7 +767,7 @@ def test_a_bad_input_is_named_with_its_step_and_examples():
     x, y = TRAIN.tensors
     x = x.clone()
     x[17, 2] = float("nan")
-    with pytest.raises(FloatingPointError, match=r"epoch 0, step \d.*the input batch") as caught:
+    with pytest.raises(FloatingPointError, match=r"epoch 0, step \d.*the input of example 17") as caught:
         run(build(), TensorDataset(x, y))
     assert 17 in caught.value.indices
 
