@@ -1,4 +1,5 @@
 """Reads everything from settings.ini, so that each fact about the package stands in one place."""
+import re
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -8,13 +9,17 @@ here = Path(__file__).parent
 config = ConfigParser(delimiters=["="])
 config.read(here / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
+home, raw = f"{cfg['git_url']}/blob/{cfg['branch']}/", f"{cfg['git_url']}/raw/{cfg['branch']}/"
+readme = (here / "README.md").read_text(encoding="utf-8")
+readme = re.sub(r"(!\[[^\]]*\]\()(?=nbs/)", rf"\1{raw}", readme)  # outside the repository a relative link leads nowhere
+readme = re.sub(r"(\]\()(?=nbs/)", rf"\1{home}", readme)
 minimum = tuple(int(n) for n in cfg["min_python"].split("."))
 
 setup(
     name=cfg["lib_name"],
     version=cfg["version"],
     description=cfg["description"],
-    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description=readme,
     long_description_content_type="text/markdown",
     author=cfg["author"],
     author_email=cfg["author_email"],
@@ -33,7 +38,7 @@ setup(
     python_requires=">=" + cfg["min_python"],
     packages=find_packages(include=[cfg["lib_name"], cfg["lib_name"] + ".*"]),
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split()},
+    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("audio", "attacks", "dev")},
     entry_points={
         "console_scripts": cfg["console_scripts"].split("\n"),
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],
