@@ -7,7 +7,7 @@ __all__ = ['FORMAT', 'IMAGENETTE', 'SOURCES', 'SAMPLES_URL', 'SAMPLES', 'SEVERIT
            'cache_folder', 'Source', 'names', 'load', 'polygons', 'gaussian_noise', 'corrupt', 'augment',
            'mel_spectrogram', 'PhotoFolder', 'catalogue', 'cli']
 
-# %% ../nbs/02_data.ipynb #a81345a2
+# %% ../nbs/02_data.ipynb #da76e123
 import argparse
 import csv
 import difflib
@@ -33,19 +33,19 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from http.client import HTTPException
 from itertools import islice
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# %% ../nbs/02_data.ipynb #03a16ebf
+# %% ../nbs/02_data.ipynb #2e1cbc64
 def _float(x: Tensor) -> Tensor:
     "Stored bytes as float32: images 0…255 and sound -32768…32767 go to the unit range, floats stay."
     full = {torch.uint8: 255, torch.int16: 32768}.get(x.dtype)
     return x.float() if full is None else x.float() / full
 
-# %% ../nbs/02_data.ipynb #efa03cb4
+# %% ../nbs/02_data.ipynb #4f84ea58
 def _draw(y: Tensor, n: int, seed: int, stratified: bool = True) -> Tensor:
     "Indices of `n` examples, in their old order."
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
@@ -59,7 +59,7 @@ def _draw(y: Tensor, n: int, seed: int, stratified: bool = True) -> Tensor:
     rank = torch.arange(len(y)) - (counts.cumsum(0) - counts)[labels[by_class]]  # place within its own class
     return order[by_class[rank < quota[labels[by_class]]]].sort().values
 
-# %% ../nbs/02_data.ipynb #9255e687
+# %% ../nbs/02_data.ipynb #d8b7e09d
 class _Parts:
     "How a data set is divided: needs `.y`, `len` and `._take(indices)`."
     def subset(self,
@@ -81,7 +81,7 @@ class _Parts:
         part[_draw(self.y, round(fraction * len(self)), seed)] = True
         return tuple(self._take(mask.nonzero()[:, 0]) for mask in (~part, part))
 
-# %% ../nbs/02_data.ipynb #32f5d7ce
+# %% ../nbs/02_data.ipynb #86df6e85
 @dataclass(eq=False, repr=False)
 class TensorData(_Parts, torch.utils.data.Dataset):
     "A data set as two tensors on one device: examples `x` and their labels or masks `y`."
@@ -120,7 +120,7 @@ class TensorData(_Parts, torch.utils.data.Dataset):
         what = " ".join(filter(None, [self.name, self.split])) or "TensorData"
         return f"{what}: {len(self):,} x {tuple(self.x.shape[1:])} {str(self.x.dtype).removeprefix('torch.')}, {len(self.classes)} classes"
 
-# %% ../nbs/02_data.ipynb #e73aed38
+# %% ../nbs/02_data.ipynb #e337a937
 def cache_folder() -> Path:  # not created by asking
     "The folder for downloads and decoded tensors: FEEDBACK_NB_CACHE, or else this user's cache folder."
     if own := os.environ.get("FEEDBACK_NB_CACHE"): return Path(own).expanduser()
@@ -138,7 +138,7 @@ def _root(root: str | Path | None) -> Path | None:
     raise FileNotFoundError(f"{who} names the data folder {str(root)!r}, which does not exist: correct it, create it, "
         f"or leave it out and downloads go to {str(cache_folder())!r}")
 
-# %% ../nbs/02_data.ipynb #739378a4
+# %% ../nbs/02_data.ipynb #2161d4e6
 @contextmanager
 def _aside(path: Path) -> Iterator[Path]:
     "Where to write `path`: it gets its name when the block ends well, and is removed when it does not."
@@ -164,7 +164,7 @@ def _alone(path: Path) -> Iterator[None]:
     finally:
         if lock is not None: lock.release()
 
-# %% ../nbs/02_data.ipynb #bcf24c50
+# %% ../nbs/02_data.ipynb #4a6ef67c
 FORMAT = 1  # stands in every cache file; raised when decoding changes, so that old files are made anew
 
 
@@ -191,7 +191,7 @@ def _recall(path: Path, meta: dict[str, str]) -> tuple[dict, dict] | None:
     warnings.warn(f"the cache file {str(path)!r} is damaged ({why}); it is made again from its source", stacklevel=4)
     return None
 
-# %% ../nbs/02_data.ipynb #1ac1e885
+# %% ../nbs/02_data.ipynb #a6513b17
 def _cached(path: Path, meta: dict[str, str], make: Callable) -> tuple[dict, dict]:
     "Tensors and metadata as `make()` returns them, from the file `path` where that holds just these."
     from safetensors import SafetensorError
@@ -207,7 +207,7 @@ def _cached(path: Path, meta: dict[str, str], make: Callable) -> tuple[dict, dic
                 "make room there, or set FEEDBACK_NB_CACHE to a folder that can be written", stacklevel=3)
         return tensors, meta
 
-# %% ../nbs/02_data.ipynb #e941a7ed
+# %% ../nbs/02_data.ipynb #4c1bd09a
 def _check(path: Path, digest: str | None) -> None:
     "Refuse a file whose published checksum ('md5:…' or 'sha256:…') differs; None: none is known."
     if digest is None: return
@@ -246,7 +246,7 @@ def _download(urls: Sequence[str], path: Path, digest: str) -> None:
         except RuntimeError as e: failed.append(f"{url}: damaged, {str(e).split(': ')[-1].split(';')[0]}")
     raise ConnectionError(f"could not download {path.name} ({'; '.join(failed)})")
 
-# %% ../nbs/02_data.ipynb #605d701c
+# %% ../nbs/02_data.ipynb #84b583b1
 def _members(path: Path, check: Callable[[Path], None]) -> Iterator[tuple[str, bytes]]:
     "Name and bytes of each file in a folder or a tar archive, after `check`."
     if path.is_dir():
@@ -258,8 +258,7 @@ def _members(path: Path, check: Callable[[Path], None]) -> Iterator[tuple[str, b
     try:
         with tarfile.open(path) as tar:
             for member in tar:
-                name = PurePosixPath(member.name)
-                if name.is_absolute() or ".." in name.parts:
+                if member.name.startswith("/") or ".." in member.name.split("/"):
                     raise RuntimeError(f"{str(path)!r} holds {member.name!r}, which points out of the archive: "
                         "do not use it, get it again from its source")
                 if member.isreg(): yield member.name, tar.extractfile(member).read()
@@ -278,7 +277,7 @@ def _in_threads(f: Callable, items: Iterator, many: int = 256) -> list:
             for done in pool.map(lambda part: [f(i) for i in part], parts): out += done
     return out
 
-# %% ../nbs/02_data.ipynb #c706a1ec
+# %% ../nbs/02_data.ipynb #189884d6
 def _square(image: Tensor, size: int | None, mask: bool = False) -> Tensor:
     "The middle square of (…, H, W) uint8 images at `size` x `size` pixels; None leaves them."
     if size is None or tuple(image.shape[-2:]) == (size, size): return image
@@ -305,7 +304,7 @@ def _stack(pictures: Sequence[tuple[str, Tensor]]) -> Tensor:
         raise ValueError(f"these images have {len(shapes)} sizes, for instance {some}: give load(…, size=…), the side in pixels")
     return torch.stack([p for _, p in pictures])
 
-# %% ../nbs/02_data.ipynb #d87c3249
+# %% ../nbs/02_data.ipynb #de936d72
 def _read_idx(paths, split, size, check, *, family):
     "MNIST and its heirs: images first, then labels."
     import torchvision
@@ -320,7 +319,7 @@ def _read_idx(paths, split, size, check, *, family):
     names = [re.sub(r"^\d - ", "", c) for c in getattr(torchvision.datasets, family).classes]
     return _square(x[:, None], size), y, names
 
-# %% ../nbs/02_data.ipynb #d3945ce7
+# %% ../nbs/02_data.ipynb #dd8aecf4
 def _read_cifar(paths, split, size, check, *, family):
     "CIFAR-10 and CIFAR-100, from the archive or its folder."
     import numpy as np
@@ -339,15 +338,16 @@ def _read_cifar(paths, split, size, check, *, family):
     y = torch.tensor([label for b in batches for label in found[b].get("labels", found[b].get("fine_labels"))], dtype=torch.uint8)
     return _square(x, size), y, found[cls.meta["filename"]][cls.meta["key"]]
 
-# %% ../nbs/02_data.ipynb #5b3e93a7
+# %% ../nbs/02_data.ipynb #7fce3650
 IMAGENETTE = dict(zip("n01440764 n02102040 n02979186 n03000684 n03028079 n03394916 n03417042 n03425413 n03445777 n03888257".split(), (
     "tench", "English springer", "cassette player", "chain saw", "church", "French horn", "garbage truck", "gas pump", "golf ball", "parachute")))
 
 
 def _part(path: Path, split: str, check: Callable, depth: int) -> Iterator[tuple[str, bytes]]:
     "The images of `split`, which stands `depth` folders above them; a folder is the split already."
+    whole = path.is_dir()
     for name, data in _members(path, check):
-        if name.lower().endswith((".jpg", ".jpeg", ".png")) and (path.is_dir() or name.split("/")[-1 - depth : -depth] == [split]):
+        if name.lower().endswith((".jpg", ".jpeg", ".png")) and (whole or name.split("/")[-1 - depth : -depth] == [split]):
             yield name, data
 
 
@@ -361,7 +361,7 @@ def _read_photos(paths, split, size, check):
     if table: english = {row["wnid"]: row["name"] for row in csv.DictReader(table.read_text(encoding="utf-8").splitlines())}
     return _stack(pictures), torch.tensor([number[f] for f in folders], dtype=torch.int16), [english.get(f, f) for f in number]
 
-# %% ../nbs/02_data.ipynb #181ad5cb
+# %% ../nbs/02_data.ipynb #090a909a
 def _read_pairs(paths, split, size, check):
     "PNG files of the same name under images/ and masks/; class 1 where the mask is bright."
     kinds = {"images": [], "masks": []}
@@ -377,7 +377,7 @@ def _read_pairs(paths, split, size, check):
     y = _stack(_in_threads(partial(_picture, size=size, mode="GRAY"), iter(masks)))[:, 0] > 127
     return x, y.to(torch.uint8), ["background", "nucleus"]
 
-# %% ../nbs/02_data.ipynb #8d55d539
+# %% ../nbs/02_data.ipynb #511a1e9e
 @dataclass(frozen=True)
 class Source:
     "Where a set comes from, how its files are found and how they are read."
@@ -404,7 +404,7 @@ def names() -> list[str]:
     "The names that `load` knows."
     return list(SOURCES)
 
-# %% ../nbs/02_data.ipynb #56f86a44
+# %% ../nbs/02_data.ipynb #4e1cca0d
 def _key(name: str) -> str:
     plain = lambda text: re.sub(r"[^a-z0-9]", "", str(text).lower())
     known = {"kmnist": "kuzushiji-mnist"} | {plain(k): k for k in SOURCES}
@@ -420,7 +420,7 @@ def _split(key: str, split: str) -> str:
     if split == "valid": advice = f"rest, part = load({key!r}).split_off(0.1) takes a validation set off the training set"
     raise ValueError(f"{key} has no split {split!r}, only {', '.join(SOURCES[key].splits)}: {advice}")
 
-# %% ../nbs/02_data.ipynb #b75269c2
+# %% ../nbs/02_data.ipynb #69be9843
 def _locate(key: str, split: str, size: int | None, root: Path | None) -> tuple[Path | None, list[Path], list[Path]]:
     "The place that has the set, its files there, and all places looked at."
     source, places = SOURCES[key], [root] if root else []
@@ -460,7 +460,7 @@ def _get(key: str, split: str, size: int | None, root: Path | None, download: bo
             except ConnectionError as e: raise ConnectionError(f"{lost}, and {e}. Put it there by hand, or {_NAME} that has it") from None
     return _locate(key, split, size, root)[:2]
 
-# %% ../nbs/02_data.ipynb #956100b2
+# %% ../nbs/02_data.ipynb #ef4658c4
 def _checker(source: Source, split: str, size: int | None, place: Path) -> Callable[[Path], None]:
     "A function that raises when a file under `place` is not what its publisher says."
     known = {place / name: digest for _, name, digest in (source.fetch(split, size) if source.fetch else [])}
@@ -478,7 +478,7 @@ def _fingerprint(paths: Sequence[Path]) -> str:
             h.update(f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}\n".encode())
     return h.hexdigest()
 
-# %% ../nbs/02_data.ipynb #6152d29f
+# %% ../nbs/02_data.ipynb #86b09b42
 def load(
     name: str,                          # one of names(); capitals, "-" and "_" do not matter
     split: str = "train",               # train, test and, where the set has one, valid
@@ -507,7 +507,7 @@ def load(
         tensors, meta = _cached(file, {"format": str(FORMAT), "source": _fingerprint(paths)}, make)
     return TensorData(tensors["x"], tensors["y"].long(), json.loads(meta["classes"]), key, split)
 
-# %% ../nbs/02_data.ipynb #11a88176
+# %% ../nbs/02_data.ipynb #23f4ecc4
 SAMPLES_URL = "https://raw.githubusercontent.com/feedback-nb/feedback_nb/main/nbs/samples/"
 SAMPLES = {  # sha256, as scripts/make_samples.py printed them
     "fashion-mnist-sample.safetensors": "2fbb2ae817da4863627e19abe6b5094ac8aca59bfffecc48821841c25d231863",
@@ -541,7 +541,7 @@ SOURCES |= {
     "fashion-mnist-sample": _sample("fashion-mnist-sample.safetensors", "2,000 + 500 of Fashion-MNIST", "MIT", "Xiao et al. 2017", _read_sample),
 }
 
-# %% ../nbs/02_data.ipynb #c124240a
+# %% ../nbs/02_data.ipynb #a27aea76
 def _idx(family: str, folder: str, *facts) -> Source:
     files = tuple(f"{folder}/raw/{{split}}-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1"))
     def fetch(split, size):
@@ -574,7 +574,7 @@ SOURCES |= {
         advice=f"{_NAME} with cifar10-jpeg/train.tar.gz and test.tar.gz, or use cifar10"),
 }
 
-# %% ../nbs/02_data.ipynb #cf682505
+# %% ../nbs/02_data.ipynb #394bb123
 _TERMS = "ImageNet's terms: research and education, no redistribution"
 _IMAGENETTE = {"-160": "e793b78cc4c9e9a4ccc0c1155377a412", "-320": "3df6f0d01a2c9592104656642f5e78a3", "": "fe2fc210e6bb7c5664d602c3cd71e612"}
 
@@ -600,7 +600,7 @@ SOURCES |= {
     "nuclei-sample": _sample("nuclei-sample.tar", "45 + 15 of nuclei", "CC0", "Caicedo et al. 2019", _read_pairs, size=128),
 }
 
-# %% ../nbs/02_data.ipynb #b996920d
+# %% ../nbs/02_data.ipynb #f7edd9c8
 def _corners(u: Tensor, size: int, classes: int) -> tuple[Tensor, Tensor]:
     "Uniform draws (n, shapes, 5 + 2V) to corners (n, shapes, V, 2) in pixels, x before y, and their number (n, shapes, 1)."
     most = (u.shape[-1] - 5) // 2
@@ -624,7 +624,7 @@ def _inside(corners: Tensor, size: int) -> Tensor:
         inside ^= p < at[..., None]
     return inside
 
-# %% ../nbs/02_data.ipynb #04bae7cf
+# %% ../nbs/02_data.ipynb #11b84415
 def polygons(
     n: int = 200,               # how many images
     size: int = 128,            # side in pixels
@@ -657,7 +657,7 @@ SOURCES["polygons"] = Source(
     "white polygons on black with masks, drawn when asked for", "none needed", "after Calhas & Oliveira 2025", _read_polygons,
     splits={s: s for s in ("train", "valid", "test")}, size=128, options={"n": None, "classes": 1, "shapes": 1, "seed": 0}, keep=False)
 
-# %% ../nbs/02_data.ipynb #f5dd0a23
+# %% ../nbs/02_data.ipynb #cea7cdb4
 def gaussian_noise(
     x: Tensor,                                  # (B, C, H, W) uint8, or float in [0, 1]
     sigma: float,                               # standard deviation, in units of the full range
@@ -674,7 +674,7 @@ def gaussian_noise(
     low, high = x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)
     return (x - low) / (high - low).clamp_min(torch.finfo(x.dtype).tiny)
 
-# %% ../nbs/02_data.ipynb #c71a6b0d
+# %% ../nbs/02_data.ipynb #6d4aee76
 SEVERITIES = {  # levels 1…5 of CIFAR-10-C, for images of 32 x 32 pixels
     "gaussian_noise": (0.04, 0.06, 0.08, 0.09, 0.10),       # standard deviation
     "shot_noise": (500, 250, 100, 75, 50),                  # photons of a white pixel
@@ -697,7 +697,7 @@ def _noise(kind: str, x: Tensor, level: float, g: torch.Generator) -> Tensor:
     z = level * torch.randn(x.shape, generator=g, device=x.device)
     return x + z if kind == "gaussian_noise" else x + x * z
 
-# %% ../nbs/02_data.ipynb #dc53e784
+# %% ../nbs/02_data.ipynb #3c1d3cce
 def _disk(radius: float, soft: float) -> Tensor:
     "A disk on a grid of 17 pixels, its edge softened by a Gaussian of three."
     i = torch.arange(-8.0, 9.0)
@@ -716,7 +716,7 @@ def _blur(kind: str, x: Tensor, level: float | tuple[float, float]) -> Tensor:
     kernel, channels = kernel.to(x), x.shape[1]
     return F.conv2d(F.pad(x, [len(kernel) // 2] * 4, mode=edges), kernel.expand(channels, 1, -1, -1), groups=channels)
 
-# %% ../nbs/02_data.ipynb #05ce2238
+# %% ../nbs/02_data.ipynb #cb2fb118
 def _coarse(x: Tensor, share: float) -> Tensor:
     "Shrink and enlarge again with Pillow's box filter, whose weights are read off by resizing an identity matrix."
     import numpy as np
@@ -734,7 +734,7 @@ def _pointwise(kind: str, x: Tensor, level: float) -> Tensor:
     brighter = (value + level).clamp_max(1)
     return torch.where(value > 0, x * brighter / value.clamp_min(1e-9), brighter)
 
-# %% ../nbs/02_data.ipynb #66f7aeb6
+# %% ../nbs/02_data.ipynb #566503e5
 def corrupt(
     x: Tensor,          # (N, C, H, W) uint8, C = 1 or 3
     kind: str,          # one of SEVERITIES
@@ -760,7 +760,7 @@ def corrupt(
         out.append((p.clamp(0, 1) * 255).round().byte())
     return torch.cat(out) if out else x.clone()
 
-# %% ../nbs/02_data.ipynb #039576ef
+# %% ../nbs/02_data.ipynb #a4e1d652
 def augment(
     x: Tensor,                                  # (B, C, H, W), any type, any device
     padding: int = 4,                           # zeros around the image before an H x W window is cut out
@@ -778,7 +778,7 @@ def augment(
     image, channel = torch.arange(b, device=x.device)[:, None, None, None], torch.arange(c, device=x.device)[:, None, None]
     return F.pad(x, [padding] * 4)[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
 
-# %% ../nbs/02_data.ipynb #6c75b325
+# %% ../nbs/02_data.ipynb #b714d369
 def mel_spectrogram(
     n_mels: int = 64,       # frequency bands
     rate: int = 16000,      # samples per second
@@ -788,7 +788,7 @@ def mel_spectrogram(
     mel = transforms.MelSpectrogram(rate, n_fft=1024, win_length=rate // 40, hop_length=rate // 100, n_mels=n_mels)
     return torch.nn.Sequential(mel, transforms.AmplitudeToDB(top_db=80))
 
-# %% ../nbs/02_data.ipynb #b0a06292
+# %% ../nbs/02_data.ipynb #21b4dac5
 DIGITS = "eight five four nine one seven six three two zero".split()
 WORDS = sorted(DIGITS + ("backward bed bird cat dog down follow forward go happy house learn left marvin no off on right "
     "sheila stop tree up visual wow yes").split())
@@ -814,7 +814,7 @@ def _features(wave: Tensor, rate: int, features: str, n_mels: int) -> Tensor:
     wave = resample(_float(wave), rate, 16000)[:, None]
     return mel_spectrogram(n_mels)(wave).half() if features == "mel" else (wave * 32768).round().clamp(-32768, 32767).short()
 
-# %% ../nbs/02_data.ipynb #dd361d4a
+# %% ../nbs/02_data.ipynb #fc674d5c
 def _lists(path: Path, check: Callable, words: Sequence[str]) -> dict[str, set]:
     "The clips of the testing and the validation list, after a look whether these are the `words`."
     lists, found = {}, set()
@@ -844,7 +844,7 @@ def _read_speech(paths, split, size, check, *, words, features, n_mels, seconds)
     y = torch.tensor([number[clip.split("/")[0]] for clip, *_ in clips], dtype=torch.int16)
     return torch.cat([_features(part, *rates, features, n_mels) for part in parts]), y, words
 
-# %% ../nbs/02_data.ipynb #564d46e6
+# %% ../nbs/02_data.ipynb #8aa26e63
 def _fetch_speech(split, size):
     file = "speech_commands_v0.02.tar.gz"
     return [([f"https://storage.googleapis.com/download.tensorflow.org/data/{file}", f"http://download.tensorflow.org/data/{file}"], file,
@@ -865,7 +865,7 @@ SOURCES |= {
         partial(_read_speech, words=DIGITS), splits={"train": "training", "test": "testing"}, options=_SOUND),
 }
 
-# %% ../nbs/02_data.ipynb #200b7c12
+# %% ../nbs/02_data.ipynb #e0f61dac
 class PhotoFolder(_Parts, torch.utils.data.Dataset):
     "Photos in one folder per class, decoded when asked for."
     def __init__(self,
@@ -900,7 +900,7 @@ class PhotoFolder(_Parts, torch.utils.data.Dataset):
         part.files, part.y = [self.files[k] for k in i.tolist()], self.y[i]
         return part
 
-# %% ../nbs/02_data.ipynb #e87cfc1c
+# %% ../nbs/02_data.ipynb #c6518136
 def _read_imagenet(paths, split, size, key, *, transform):
     from torchvision.models import AlexNet_Weights
     return PhotoFolder(paths[-1], size, transform, key, split, AlexNet_Weights.IMAGENET1K_V1.meta["categories"])
@@ -912,7 +912,7 @@ SOURCES["imagenet"] = Source(
     options={"transform": None}, keep=False, lazy=True,
     advice=f"get it from image-net.org and {_NAME} with imagenet/train and imagenet/val, one folder per class in each")
 
-# %% ../nbs/02_data.ipynb #b7ccd441
+# %% ../nbs/02_data.ipynb #c77729c3
 def catalogue(
     root: str | Path | None = None,     # as for `load`
 ) -> list[dict]:                        # one row per set: name, what, licence, MB to download, where it was found

@@ -7,7 +7,7 @@ __all__ = ['OPTIMIZERS', 'SCHEDULES', 'seed_all', 'kept_random_state', 'batch_or
            'evaluate', 'History', 'CheckpointError', 'load_checkpoint', 'make_optimizer', 'make_schedule',
            'first_non_finite', 'fit']
 
-# %% ../nbs/03_training.ipynb #ccf516e1
+# %% ../nbs/03_training.ipynb #fd6148f4
 import contextlib
 import functools
 import hashlib
@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from .feedback import FeedbackModel, stepwise_loss
 
-# %% ../nbs/03_training.ipynb #7b904d7a
+# %% ../nbs/03_training.ipynb #551da517
 def seed_all(
     *key,  # what the random numbers belong to, e.g. (seed, "step", 17): equal keys give equal numbers
     device: torch.device | str = "cpu",  # also seeds this device's generator
@@ -67,7 +67,7 @@ def kept_random_state(
             if numpy:
                 numpy.random.set_state(legacy)
 
-# %% ../nbs/03_training.ipynb #f175f337
+# %% ../nbs/03_training.ipynb #865cb583
 def batch_order(
     n: int,  # number of examples
     batch_size: int,  # examples in a batch at most; all batches are of nearly equal size
@@ -88,7 +88,7 @@ def batch_order(
     # equal shares: a last batch of one example would make batch normalisation fail
     return [part.tolist() for part in order.tensor_split(math.ceil(n / batch_size))]
 
-# %% ../nbs/03_training.ipynb #27f812ce
+# %% ../nbs/03_training.ipynb #3039eb4a
 class _Fetch(Dataset):
     """Answers a DataLoader's request for a batch by one index operation where the data set can."""
 
@@ -117,7 +117,7 @@ class _Fetch(Dataset):
 def _as_it_is(batch):
     return batch
 
-# %% ../nbs/03_training.ipynb #2acd817b
+# %% ../nbs/03_training.ipynb #04fe925c
 def batches(
     data: "Dataset | DataLoader",  # a Dataset of (input, target), or a DataLoader, taken as it is
     batch_size: int = 128,  # examples per batch over all processes together; not used for a DataLoader
@@ -141,7 +141,7 @@ def batches(
     for share, (indices, batch) in zip(shares, loader):
         yield indices, share, batch
 
-# %% ../nbs/03_training.ipynb #b05c744c
+# %% ../nbs/03_training.ipynb #ecb7a1f6
 def _pairs(loader):  # what a DataLoader hands over must be a pair as well
     for batch in loader:
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
@@ -164,7 +164,7 @@ def _loader_batches(loader, seed, epoch, start):
         if k >= start:
             yield None, 1.0, batch
 
-# %% ../nbs/03_training.ipynb #5ca0655d
+# %% ../nbs/03_training.ipynb #6b677af1
 def accuracy(
     output: torch.Tensor,  # logits, (B, C) or (B, C, H, W)
     target: torch.Tensor,  # class numbers, int, (B,) or (B, H, W)
@@ -189,7 +189,7 @@ def _scores(output, target, loss, metrics):
         raise ValueError(f"the loss must be one number (the mean over the batch), got shape {tuple(values[0].shape)}; use reduction='mean'")
     return torch.stack([value.detach().to(_wide(output.device)) for value in values])
 
-# %% ../nbs/03_training.ipynb #f679380c
+# %% ../nbs/03_training.ipynb #7499ebd3
 def _totals(model, source, steps, loss, metrics, device):
     """Sums over examples, (T+1, 2 + metrics), one row for each output of a feedback model, and the number of examples."""
     totals, n = None, 0
@@ -207,7 +207,7 @@ def _totals(model, source, steps, loss, metrics, device):
 def _to(device, batch):
     return tree_map(lambda leaf: leaf.to(device, non_blocking=True) if torch.is_tensor(leaf) else leaf, batch)
 
-# %% ../nbs/03_training.ipynb #a3bf8c89
+# %% ../nbs/03_training.ipynb #2c8581aa
 @contextlib.contextmanager
 def kept_modes(
     model: nn.Module,  # the model
@@ -220,7 +220,7 @@ def kept_modes(
         for module, mode in modes:
             module.training = mode
 
-# %% ../nbs/03_training.ipynb #3447ecdf
+# %% ../nbs/03_training.ipynb #07f4f5f0
 @torch.no_grad()
 def evaluate(
     model: nn.Module,  # a FeedbackModel or any module from inputs to outputs
@@ -248,7 +248,7 @@ def evaluate(
     rows = [{"step": t, **dict(zip(names, row))} for t, row in enumerate((totals / n).tolist())]
     return {**{name: rows[-1][name] for name in names}, "n": n, "per_step": rows}
 
-# %% ../nbs/03_training.ipynb #587db9c7
+# %% ../nbs/03_training.ipynb #d5d481a4
 class History:
     """What a training run left behind: one row per epoch."""
 
@@ -282,7 +282,7 @@ class History:
     def _repr_html_(self):
         return self.frame.to_html(index=False, float_format="{:.4g}".format, border=0) if self.rows else None
 
-# %% ../nbs/03_training.ipynb #2f69018f
+# %% ../nbs/03_training.ipynb #32312738
 class CheckpointError(RuntimeError):
     """A checkpoint is damaged, of another model or of another run; the message says which and what to do."""
 
@@ -323,7 +323,7 @@ def _write(folder, name, files):
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
-# %% ../nbs/03_training.ipynb #ac87956e
+# %% ../nbs/03_training.ipynb #04c502d0
 def _check(path):
     """Raise CheckpointError unless every file of a checkpoint is as it was written."""
     remedy = f"remove {path} to go on from an earlier checkpoint, or train in a new folder"
@@ -361,7 +361,7 @@ def _newest(folder):
         return path
     raise damaged[0] if damaged else CheckpointError(f"no checkpoint in {folder}; fit(…, checkpoint={str(folder)!r}) writes them")
 
-# %% ../nbs/03_training.ipynb #d1048c0c
+# %% ../nbs/03_training.ipynb #b4ec93eb
 def _read_run(path):
     return json.loads((path / "run.json").read_text())
 
@@ -372,7 +372,7 @@ def _read_state(path):
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path / 'state.pt'} holds more than tensors and plain values, and none of it was run: {str(error).splitlines()[0]}") from None
 
-# %% ../nbs/03_training.ipynb #9f8cc579
+# %% ../nbs/03_training.ipynb #b15aa61a
 def _load_weights(model, path):
     """Load a safetensors file into the model; CheckpointError names the first key or shape that differs."""
     from safetensors import safe_open
@@ -410,7 +410,7 @@ def load_checkpoint(
     _load_weights(model, averaged if averaged.exists() else path / "model.safetensors")
     return _read_run(path)
 
-# %% ../nbs/03_training.ipynb #b0068187
+# %% ../nbs/03_training.ipynb #704570a1
 OPTIMIZERS = {
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
@@ -441,7 +441,7 @@ def _step_down(optimizer, steps):
 
 SCHEDULES = {"cosine": _cosine, "warmup-cosine": _warmup_cosine, "one-cycle": _one_cycle, "step": _step_down}
 
-# %% ../nbs/03_training.ipynb #8d4ee284
+# %% ../nbs/03_training.ipynb #4086a3b8
 def make_optimizer(
     model: nn.Module,  # its parameters with requires_grad are trained
     optimizer,  # "adam", "adamw", "rmsprop", "sgd" (Nesterov momentum 0.9), or a function from parameters to an Optimizer
@@ -474,7 +474,7 @@ def make_schedule(
         raise ValueError(f"unknown schedule {schedule!r}; choose one of {sorted(SCHEDULES)}, None, or pass a function from the optimiser to a scheduler")
     return SCHEDULES[schedule](optimizer, steps)
 
-# %% ../nbs/03_training.ipynb #3026bb05
+# %% ../nbs/03_training.ipynb #781a0a0f
 def _bad(tree):
     """Does the tree hold a value that is not finite?"""
     return any(not bool(leaf.detach().isfinite().all()) for leaf in tree_leaves(tree) if torch.is_tensor(leaf) and leaf.is_floating_point())
@@ -508,7 +508,7 @@ def first_non_finite(
             handle.remove()
     return found[0] if found else None
 
-# %% ../nbs/03_training.ipynb #98c6b236
+# %% ../nbs/03_training.ipynb #d5271e6f
 def _rejoin(cpu):
     """After a restart by torchrun, meet under a name of its own: torchrun's store still holds the addresses of the dead processes."""
     from torch import distributed
@@ -520,7 +520,7 @@ def _rejoin(cpu):
     distributed.init_process_group("gloo" if cpu else None, store=distributed.PrefixStore(f"attempt {attempt}", store),
                                    rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
 
-# %% ../nbs/03_training.ipynb #fa775cb4
+# %% ../nbs/03_training.ipynb #385e8397
 @contextlib.contextmanager
 def _accelerator(device, precision, tracker, folder):
     """An Accelerator of our own; accelerate's process-wide state is put back afterwards."""
@@ -554,7 +554,7 @@ def _accelerator(device, precision, tracker, folder):
             state.clear()
             state.update(old)
 
-# %% ../nbs/03_training.ipynb #62d192d4
+# %% ../nbs/03_training.ipynb #6a319da6
 def _name(thing):
     """What a setting is called in a checkpoint: plain values as they are, functions by name."""
     if isinstance(thing, functools.partial):
@@ -591,7 +591,7 @@ def _provenance():
         commit = None
     return {"versions": versions, "commit": commit}
 
-# %% ../nbs/03_training.ipynb #4fed1ee0
+# %% ../nbs/03_training.ipynb #8c2f689a
 def _pair(data):
     """(train, valid) from what was passed as data."""
     train, valid = data if isinstance(data, tuple) else (data, None)
@@ -602,7 +602,7 @@ def _pair(data):
             raise ValueError("a stream (IterableDataset) has no fixed order to resume in; use a Dataset with a length")
     return train, valid
 
-# %% ../nbs/03_training.ipynb #4fd8bf02
+# %% ../nbs/03_training.ipynb #89e891fb
 def _prepare(o, accelerator):
     """Everything a run needs, at its beginning."""
     run = SimpleNamespace(accelerator=accelerator, options=o, model=o.model.to(accelerator.device), folder=o.checkpoint and Path(o.checkpoint))
@@ -625,7 +625,7 @@ def _prepare(o, accelerator):
     run.settings, run.provenance = _settings(o, run), _provenance()
     return run
 
-# %% ../nbs/03_training.ipynb #bfdb8d50
+# %% ../nbs/03_training.ipynb #dcd14a3d
 def _average(model, decay):
     """An exponential moving average of weights and buffers."""
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -647,7 +647,7 @@ def _runner(run):
         runner = torch.compile(runner, **({"backend": run.options.compile} if isinstance(run.options.compile, str) else {}))
     return runner
 
-# %% ../nbs/03_training.ipynb #6fc299b4
+# %% ../nbs/03_training.ipynb #a35117d8
 def _backward(run, x, y, share):
     """Add `share` times the gradient of the mean loss on (x, y); returns loss and accuracy."""
     with run.accelerator.autocast():
@@ -678,7 +678,7 @@ def _local_backward(run, x, y, share):
             p.grad = old
     return torch.as_tensor(loss, device=x.device).detach(), torch.full((), float("nan"), device=x.device)
 
-# %% ../nbs/03_training.ipynb #2e0066c2
+# %% ../nbs/03_training.ipynb #7108aad0
 def _gradients(run, x, y, share):
     """Gradients of one batch, in `accumulate` pieces; returns (loss, accuracy, gradient norm) as numbers."""
     backward, scores = _local_backward if run.local else _backward, 0.0
@@ -699,7 +699,7 @@ def _gradients(run, x, y, share):
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     return [*scores.tolist(), float(norm)]
 
-# %% ../nbs/03_training.ipynb #328ffa13
+# %% ../nbs/03_training.ipynb #fe3a3c99
 def _not_finite(run, indices, x, y, loss, norm, error=None):
     """The FloatingPointError for a step whose loss or gradient is not finite: which step, which examples, which module."""
     o = run.options
@@ -739,7 +739,7 @@ def _too_big(run, x, error):
     return (f"out of memory in epoch {run.epoch}, step {run.step}, with batch_size={now}"
             f"{f' in {pieces} pieces' if pieces > 1 else ''} on {run.accelerator.device}: {advice}. ({str(error).splitlines()[0]})")
 
-# %% ../nbs/03_training.ipynb #643412cd
+# %% ../nbs/03_training.ipynb #e0a818e2
 def _train_batch(run, indices, share, batch):
     """One optimiser step."""
     o, device = run.options, run.accelerator.device
@@ -772,7 +772,7 @@ def _train_batch(run, indices, share, batch):
     run.step, run.batch = run.step + 1, run.batch + 1
     return loss, hits
 
-# %% ../nbs/03_training.ipynb #eff924af
+# %% ../nbs/03_training.ipynb #e8ebe8ef
 def _summed(run, values):
     """Sums over all processes, as numbers."""
     if run.world == 1:
@@ -812,7 +812,7 @@ def _finish_epoch(run, began):
     answers = [bool(callback(History(run.rows), run.model)) for callback in run.options.callbacks]
     run.stopped = _summed(run, [float(any(answers))])[0] > 0
 
-# %% ../nbs/03_training.ipynb #e5b01c8c
+# %% ../nbs/03_training.ipynb #df57c4e9
 def _save(run):
     """Write a checkpoint of this moment; keeps the newest two and the best."""
     if run.folder is None:
@@ -847,7 +847,7 @@ def _prune(folder):
             doomed = path.rename(folder / f".{path.name}.old")  # so that one removed by half is never taken for a checkpoint
             shutil.rmtree(doomed, ignore_errors=True)
 
-# %% ../nbs/03_training.ipynb #4f553f62
+# %% ../nbs/03_training.ipynb #ac0dc099
 def _resume(run):
     """Go on from the newest intact checkpoint, if there is one; refuses another model's or another run's."""
     if run.folder is None:
@@ -884,7 +884,7 @@ def _resume(run):
         for damaged in [other for other in _saved(run.folder) if other.name > path.name]:
             damaged.rename(damaged.with_name(f"damaged-{damaged.name}-{time.time_ns()}"))
 
-# %% ../nbs/03_training.ipynb #ceca9f6c
+# %% ../nbs/03_training.ipynb #62615508
 def _refuse_other(run, path, about):
     """CheckpointError with the differences unless the checkpoint belongs to a run of the same settings."""
     then, now = about["settings"], json.loads(json.dumps(run.settings))
@@ -896,7 +896,7 @@ def _refuse_other(run, path, about):
     if different:
         raise CheckpointError(f"{path} belongs to a run with other settings ({'; '.join(different)}); use the same settings to go on, or another folder")
 
-# %% ../nbs/03_training.ipynb #fbccf3f1
+# %% ../nbs/03_training.ipynb #6bd2f872
 def _train(run):
     """Epochs until the end; returns the history."""
     from tqdm.auto import tqdm
@@ -921,7 +921,7 @@ def _train(run):
         run.model.load_state_dict(run.average.module.state_dict())
     return History(run.rows)
 
-# %% ../nbs/03_training.ipynb #aac38053
+# %% ../nbs/03_training.ipynb #8af92cab
 @contextlib.contextmanager
 def _locked(folder):
     """One run at a time in a folder; the lock dies with the process that holds it."""
@@ -960,7 +960,7 @@ def _check_options(o):
     if hasattr(o.model, "local_backward") and (o.compile or o.precision == "fp16"):
         raise ValueError("a model with its own backward pass is neither compiled nor trained in fp16; leave compile out and use precision='bf16'")
 
-# %% ../nbs/03_training.ipynb #82a134fa
+# %% ../nbs/03_training.ipynb #13496862
 def _guarded(run):
     """Resume and train; whatever ends it, trackers are closed, and an interruption says how to go on."""
     o, accelerator, run.saved = run.options, run.accelerator, False
@@ -980,7 +980,7 @@ def _guarded(run):
             if accelerator.is_main_process:
                 tracker.finish()
 
-# %% ../nbs/03_training.ipynb #2b848f42
+# %% ../nbs/03_training.ipynb #7c4e8cfe
 def fit(
     model: nn.Module,  # a FeedbackModel (loss of every step), any module from inputs to outputs, or one with local_backward(x, y) -> loss
     data,  # (train, valid) or train alone; each a Dataset of (input, target) or a DataLoader, taken as it is

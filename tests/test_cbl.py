@@ -127,7 +127,7 @@ def test_equals_a_pass_without_shortcuts(kind, flow, monkeypatch):
     stepwise_loss(slow, torch.arange(4)).backward()
     for name, p in model.named_parameters():
         if p.grad is not None:
-            assert_close(gradients[name], p.grad, atol=1e-6, rtol=1e-4, msg=lambda m: f"{name}: {m}")
+            assert_close(gradients[name], p.grad, atol=1e-6, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
     assert last in model.sites
 
 
@@ -276,7 +276,7 @@ def test_lower_layers_run_once(monkeypatch):
         for name in [*STAGES, "fc2"]:
             layer = model.net.get_submodule(name)
             layer = layer[0] if isinstance(layer, nn.Sequential) else layer
-            layer.register_forward_hook(lambda module, args, output, name=name: runs.append(name))
+            layer.register_forward_hook(lambda module, args, output, name=name, runs=runs: runs.append(name))
         model(x)
         assert [runs.count(name) for name in [*STAGES, "fc2"]] == expected
 
