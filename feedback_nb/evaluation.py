@@ -40,7 +40,7 @@ __all__ = ['Paired', 'paired', 'holm', 'significance', 'Comparison', 'compare', 
            'corruption_curve', 'fgsm_curve', 'pgd_curve', 'area', 'masking_check', 'predictions', 'reliability',
            'calibration']
 
-# %% ../nbs/04_evaluation.ipynb #a346bde1
+# %% ../nbs/04_evaluation.ipynb #cfe48060
 class Paired(NamedTuple):
     "What the same seeds say about two models: the differences a - b, pair by pair."
 
@@ -53,7 +53,7 @@ class Paired(NamedTuple):
     wilcoxon_p: float  # two-sided, of the signed-rank test; with n pairs it cannot be below 2 / 2ⁿ
     d_z: float  # Cohen's d for pairs: mean / std of the differences
 
-# %% ../nbs/04_evaluation.ipynb #87b6f43a
+# %% ../nbs/04_evaluation.ipynb #4b828d49
 def _scores(values: Iterable[float], name: str) -> list[float]:
     "The values as floats; ValueError at one that is no number."
     values = [float(v) for v in values]
@@ -62,7 +62,7 @@ def _scores(values: Iterable[float], name: str) -> list[float]:
             raise ValueError(f"{name} holds {v} at position {i}: a run that failed is no score; repeat it, or leave its seed out of every model")
     return values
 
-# %% ../nbs/04_evaluation.ipynb #b92df50b
+# %% ../nbs/04_evaluation.ipynb #d456afa4
 def paired(
     a: Iterable[float],  # scores of one model, one for each seed
     b: Iterable[float],  # scores of the other, the same seeds in the same order
@@ -91,7 +91,7 @@ def paired(
     t = float(test.statistic)
     return Paired(len(a), mean, float(low), float(high), t, float(test.pvalue), wilcoxon, t / math.sqrt(len(a)))
 
-# %% ../nbs/04_evaluation.ipynb #0ce36e74
+# %% ../nbs/04_evaluation.ipynb #7642841d
 def holm(
     ps: Iterable[float],  # p-values of m tests
 ) -> list[float]:  # adjusted, in the same order: compare them with your level, and the chance of any false alarm stays below it
@@ -105,7 +105,7 @@ def holm(
         adjusted[i] = worst
     return adjusted
 
-# %% ../nbs/04_evaluation.ipynb #2b9d25a8
+# %% ../nbs/04_evaluation.ipynb #988ce762
 def _summary(values: list[float], level: float) -> dict:
     "n, mean and, from two values on, std (n - 1) and the interval of the mean by Student's t."
     from scipy import stats
@@ -117,7 +117,7 @@ def _summary(values: list[float], level: float) -> dict:
     half = float(stats.t.ppf((1 + level) / 2, n - 1)) * std / math.sqrt(n)
     return {"n": n, "mean": mean, "std": std, "low": mean - half, "high": mean + half}
 
-# %% ../nbs/04_evaluation.ipynb #ec493d10
+# %% ../nbs/04_evaluation.ipynb #7bf60b41
 def significance(
     scores: Mapping[str, Mapping[int, float] | Sequence[float]],  # {model: {seed: score}}, or {model: scores in the order of the seeds}
     baseline: str | None = None,  # the model the others are tested against; None: the first
@@ -150,7 +150,7 @@ def significance(
         table = table.drop(columns="p_holm", errors="ignore")  # one test needs no correction
     return table.astype({c: "Int64" for c in ("n", "pairs") if c in table})
 
-# %% ../nbs/04_evaluation.ipynb #2a0ce78d
+# %% ../nbs/04_evaluation.ipynb #32e4a359
 def _plain(value: Any) -> Any:
     "A setting as JSON can hold it: functions and modules by name or text, without memory addresses."
     if isinstance(value, Mapping):
@@ -172,7 +172,7 @@ def _describe_model(model: nn.Module) -> dict:
     digest = hashlib.sha256("\n".join(text).encode()).hexdigest()[:12]
     return {"class": type(model).__name__, "parameters": sum(p.numel() for p in model.parameters()), "digest": digest}
 
-# %% ../nbs/04_evaluation.ipynb #8af6d38b
+# %% ../nbs/04_evaluation.ipynb #267cf024
 def _describe_data(data: Any) -> dict:
     "Name, size and, for tensors in memory, a digest of the content: the same split of the same data gets the same one."
     source = getattr(data, "dataset", data)  # of a DataLoader
@@ -186,7 +186,7 @@ def _describe_data(data: Any) -> dict:
         found["digest"] = digest.hexdigest()[:12]
     return found
 
-# %% ../nbs/04_evaluation.ipynb #b1d354a4
+# %% ../nbs/04_evaluation.ipynb #2caa076c
 def _package() -> Path:
     "The folder of this package (a notebook has no `__file__`)."
     import feedback_nb
@@ -211,7 +211,7 @@ def _device_words(device: str) -> str:
             return f"{os.cpu_count()} × {found[1].strip()}"
     return f"{os.cpu_count()} CPU cores"
 
-# %% ../nbs/04_evaluation.ipynb #10c19174
+# %% ../nbs/04_evaluation.ipynb #55200a10
 def _made(device: str, threads: int) -> dict:
     "Where runs come from: code, versions, machine. `dirty` says whether the package differs from that commit."
     import platform
@@ -223,7 +223,7 @@ def _made(device: str, threads: int) -> dict:
             "python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__,
             "device": _device_words(device), "threads": threads, "date": time.strftime("%Y-%m-%d")}
 
-# %% ../nbs/04_evaluation.ipynb #4a85430d
+# %% ../nbs/04_evaluation.ipynb #fc34240e
 _FORMAT = "feedback_nb results, 1"
 
 
@@ -244,7 +244,7 @@ def _read(path: Path) -> dict:
         raise ValueError(f"{path.name} is JSON, but not a results file of this version ({_FORMAT!r}); choose another name, or move it away")
     return record
 
-# %% ../nbs/04_evaluation.ipynb #b32d9551
+# %% ../nbs/04_evaluation.ipynb #395030a3
 def _write(path: Path, record: dict) -> None:
     "Whole or not at all: written aside, then renamed."
     fd, aside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -275,7 +275,7 @@ def _locked(folder: Path):
     finally:
         os.close(fd)
 
-# %% ../nbs/04_evaluation.ipynb #198d037f
+# %% ../nbs/04_evaluation.ipynb #1273f888
 def _flat(tree: Any, at: str = "") -> dict[str, Any]:
     "{'settings.lr': 0.001, …} of nested dictionaries."
     if not isinstance(tree, Mapping):
@@ -289,7 +289,7 @@ def _differences(old: dict, new: dict) -> list[str]:
     flat = [_flat({"data": r["data"], "settings": r["settings"], "models": {k: r["models"][k] for k in sorted(shared)}}) for r in (old, new)]
     return [f"{k} was {flat[0].get(k, 'not given')!r}, is {flat[1].get(k, 'not given')!r}" for k in {**flat[0], **flat[1]} if flat[0].get(k, "not given") != flat[1].get(k, "not given")]
 
-# %% ../nbs/04_evaluation.ipynb #2407b850
+# %% ../nbs/04_evaluation.ipynb #b5bc74c5
 def _merge(path: Path | None, record: dict, row: dict | None = None, history: dict | None = None, made: dict | None = None) -> dict:
     "The record with what the file holds already, and one more run; written to the file when there is a run."
     if path:
@@ -309,7 +309,7 @@ def _merge(path: Path | None, record: dict, row: dict | None = None, history: di
                 _write(path, merged)
     return merged
 
-# %% ../nbs/04_evaluation.ipynb #a89a9648
+# %% ../nbs/04_evaluation.ipynb #5c8f361a
 def _rounded(value: Any) -> Any:
     "Numbers to 7 digits, NaN and infinity to None: what a results file holds."
     if isinstance(value, (list, tuple)):
@@ -338,7 +338,7 @@ def _build(name: str, factory: Callable, seed: int) -> tuple[nn.Module, dict]:
         raise TypeError(f"the factory of {name!r} must return a module, or (module, settings of fit), got {type(made).__name__}")
     return model, dict(own)
 
-# %% ../nbs/04_evaluation.ipynb #789ed4da
+# %% ../nbs/04_evaluation.ipynb #671f4f5f
 def _run(name: str, seed: int, factory: Callable, data: tuple, settings: dict, measure, fit, evaluate, threads: int | None = None):
     "Build, train and test one model with one seed -> (row, history, device, threads)."
     if threads:
@@ -365,7 +365,7 @@ def _run(name: str, seed: int, factory: Callable, data: tuple, settings: dict, m
     past = {"model": name, "seed": seed, **{c: history[c].tolist() for c in history}}
     return {k: _rounded(v) for k, v in row.items()}, {k: _rounded(v) for k, v in past.items()}, device, torch.get_num_threads()
 
-# %% ../nbs/04_evaluation.ipynb #09484e6a
+# %% ../nbs/04_evaluation.ipynb #00310444
 def _run_all(jobs: Sequence[tuple], workers: int):
     "The results of all runs as they end; with several workers, in processes of their own with one thread each."
     if workers == 1:
@@ -376,7 +376,7 @@ def _run_all(jobs: Sequence[tuple], workers: int):
 
     yield from Parallel(n_jobs=workers, return_as="generator_unordered")(delayed(_run)(*job, threads=1) for job in jobs)
 
-# %% ../nbs/04_evaluation.ipynb #ea40a2c5
+# %% ../nbs/04_evaluation.ipynb #65eebbda
 @dataclass
 class Comparison:
     "Runs of several models on the same seeds, as rows; what `compare` gives and `recorded` reads."
@@ -441,7 +441,7 @@ class Comparison:
         runs = ", ".join(f"{name} ({sum(row['model'] == name for row in self.record['rows'])} seeds)" for name in self.models)
         return f"Comparison on {self.record['data']['test']['name']}, {self.metric}: {runs}"
 
-# %% ../nbs/04_evaluation.ipynb #88a1f525
+# %% ../nbs/04_evaluation.ipynb #9ebaa031
 _NOT_SETTINGS = ("device", "progress", "resume", "tracker", "workers", "checkpoint_every")  # change where and how, not what comes out
 
 
@@ -456,7 +456,7 @@ def _plan(factories: Mapping, data: tuple, seeds: list[int], settings: dict, per
     return {"format": _FORMAT, "made": [], "data": described, "settings": _plain({**settings, **({"measure": measure} if measure else {})}),
             "models": models, "rows": [], "histories": []}
 
-# %% ../nbs/04_evaluation.ipynb #b51506a2
+# %% ../nbs/04_evaluation.ipynb #f4ef8fad
 def _checked(factories, data, seeds, settings, per_model) -> tuple:
     "The arguments of `compare`, or an error that names the wrong one."
     if not factories or not all(callable(f) for f in factories.values()):
@@ -473,7 +473,7 @@ def _checked(factories, data, seeds, settings, per_model) -> tuple:
             raise ValueError(f"{', '.join(sorted(taken))} cannot be a setting of fit here: compare gives it to every run itself (checkpoints=folder for checkpoints)")
     return (data[0], None, data[1]) if len(data) == 2 else tuple(data), seeds
 
-# %% ../nbs/04_evaluation.ipynb #73b9dfcb
+# %% ../nbs/04_evaluation.ipynb #5ae8c6e5
 def compare(
     factories: Mapping[str, Callable],  # {name: () -> module, or (module, settings of its own)}: called anew for every seed, after torch.manual_seed(seed)
     data: Sequence,  # (train, valid, test) or (train, test): the same for every run; each as `training.fit` takes it
@@ -507,7 +507,7 @@ def compare(
     wanted = {**record, "rows": [r for r in record["rows"] if r["seed"] in seeds], "histories": [h for h in record["histories"] if h["seed"] in seeds]}
     return Comparison(wanted, list(factories), metric)
 
-# %% ../nbs/04_evaluation.ipynb #729e57a7
+# %% ../nbs/04_evaluation.ipynb #6d2f46dd
 def recorded(
     name: str | Path,  # "cbl-images" for results/cbl-images.json of the checkout, or a path
     metric: str = "accuracy",  # column that the tables are about
@@ -526,7 +526,7 @@ def recorded(
     raise FileNotFoundError(f"no recorded run {str(name)!r}: recorded are {', '.join(found) or 'none (results/ comes with a clone of the repository, not with the package)'}; "
                             f"make it with compare(…, results='results/{file}')")
 
-# %% ../nbs/04_evaluation.ipynb #14ebae30
+# %% ../nbs/04_evaluation.ipynb #3f2bed13
 class _Live(TorchDispatchMode):
     "Counts the bytes of tensors made inside the block that are still alive, and their peak; on any device, without a profiler."
 
@@ -548,7 +548,7 @@ class _Live(TorchDispatchMode):
     def _freed(self, nbytes):
         self.now -= nbytes
 
-# %% ../nbs/04_evaluation.ipynb #910a3971
+# %% ../nbs/04_evaluation.ipynb #1896c50c
 def _peak_bytes(step: Callable, device: torch.device) -> int:
     "What one training step needs at most beyond what was there before: the allocator's word on a GPU, live tensors elsewhere."
     if device.type == "cuda":
@@ -578,7 +578,7 @@ def _saved_bytes(model: nn.Module, x, loss: Callable) -> int:
     del value
     return sum(storage.nbytes() for storage in saved.values())
 
-# %% ../nbs/04_evaluation.ipynb #17d4eaba
+# %% ../nbs/04_evaluation.ipynb #5ac157a2
 def _default_loss(model: nn.Module, x) -> torch.Tensor:
     "Cross entropy against class 0, at every step of a feedback model: the class does not change the cost."
     made = model(x, return_trajectory=True) if isinstance(model, FeedbackModel) else model(x)
@@ -604,7 +604,7 @@ def _training_step(model: nn.Module, x, loss: Callable) -> Callable:
 
     return step
 
-# %% ../nbs/04_evaluation.ipynb #9da346a7
+# %% ../nbs/04_evaluation.ipynb #ae454f8b
 @contextlib.contextmanager
 def _level(logger: logging.Logger, level: int):
     before = logger.level
@@ -629,7 +629,7 @@ def _milliseconds(steps: Mapping[str, Callable], rounds: int, seconds: float) ->
             times[name].append(timer.timeit(max(1, int(seconds / rounds / max(once[name], 1e-9)))).median)
     return {name: 1000 * sorted(t)[len(t) // 2] for name, t in times.items()}
 
-# %% ../nbs/04_evaluation.ipynb #8a4c853a
+# %% ../nbs/04_evaluation.ipynb #3c32571a
 def _static_cost(model: nn.Module, x, loss: Callable, train: bool) -> dict:
     "What needs no clock: parameters, FLOPs for one example, megabytes."
     from torch.utils.flop_counter import FlopCounterMode
@@ -646,7 +646,7 @@ def _static_cost(model: nn.Module, x, loss: Callable, train: bool) -> dict:
         row |= {"saved_mb": _saved_bytes(model, x, loss) / 1e6, "peak_mb": _peak_bytes(step, batch.device) / 1e6}
     return row
 
-# %% ../nbs/04_evaluation.ipynb #f60c059d
+# %% ../nbs/04_evaluation.ipynb #11f06503
 def cost(
     model: nn.Module | Mapping[str, nn.Module],  # one model, or {name: model}; copies are measured, yours stay as they are
     example,  # a batch as the models take it, (B, …), on their device
@@ -680,7 +680,7 @@ def cost(
     table = pd.DataFrame.from_dict(table, orient="index").astype({"parameters": int})
     return table if reference is None else table.join((table / table.loc[reference]).add_suffix("_ratio"))
 
-# %% ../nbs/04_evaluation.ipynb #012abfa4
+# %% ../nbs/04_evaluation.ipynb #d113ea2c
 def _batches(data, batch_size: int, device: torch.device):
     "(x, y) batches on the device, in the order of the data: from a Dataset, a DataLoader or a pair of tensors."
     from torch.utils.data import DataLoader, TensorDataset, default_collate
@@ -691,11 +691,11 @@ def _batches(data, batch_size: int, device: torch.device):
         if not len(data):
             raise ValueError("the data set is empty: nothing to evaluate on")
         whole = lambda batch: batch if isinstance(batch, tuple) else default_collate(batch)  # a data set of this package hands over batches
-        data = DataLoader(data, batch_size, collate_fn=whole)
+        data = DataLoader(data, batch_size, collate_fn=whole, generator=torch.Generator())  # its own, or a loader draws from everybody's
     for x, y in data:
         yield x.to(device), y.to(device)
 
-# %% ../nbs/04_evaluation.ipynb #97d0e7db
+# %% ../nbs/04_evaluation.ipynb #5e98a772
 @contextlib.contextmanager
 def _evaluating(model: nn.Module):
     "Eval mode inside the block; every module's own mode after it. Gives the model's device."
@@ -717,7 +717,7 @@ def _outputs(model: nn.Module, x: torch.Tensor, steps: int | None) -> list[torch
         raise ValueError(f"steps={steps} was asked of {type(model).__name__}, which is no FeedbackModel; leave steps out")
     return [model(x)]
 
-# %% ../nbs/04_evaluation.ipynb #62b1511f
+# %% ../nbs/04_evaluation.ipynb #a059eb73
 def _sums(outputs: list[torch.Tensor], y: torch.Tensor) -> list[float]:
     "Right answers after every step (of a mask: mean share of right pixels), and the last step's loss, each summed over the batch."
     if bad := [t for t, logits in enumerate(outputs) if not torch.isfinite(logits).all()]:
@@ -725,7 +725,7 @@ def _sums(outputs: list[torch.Tensor], y: torch.Tensor) -> list[float]:
     each = [(logits.argmax(1) == y).float() for logits in outputs] + [F.cross_entropy(outputs[-1].float(), y, reduction="none")]
     return torch.stack([e.view(len(y), -1).mean(1).sum() for e in each]).tolist()
 
-# %% ../nbs/04_evaluation.ipynb #98a3233d
+# %% ../nbs/04_evaluation.ipynb #c2876648
 def _curve(model: nn.Module, data, column: str, levels: Sequence, changed: Callable, batch_size: int, steps: int | None) -> DataFrame:
     "Score the model on `changed(x, y)`, which yields the input of each level in turn: one pass over the data."
     import pandas as pd
@@ -746,7 +746,7 @@ def _curve(model: nn.Module, data, column: str, levels: Sequence, changed: Calla
         rows.append({column: level, "accuracy": right[-1], "loss": loss, "n": n, **per_step})
     return pd.DataFrame(rows)
 
-# %% ../nbs/04_evaluation.ipynb #f77a3758
+# %% ../nbs/04_evaluation.ipynb #2cc36901
 def _limits(x: torch.Tensor, bounds: Sequence[float] | None) -> tuple[float, float]:
     "The lowest and highest value an input may have; ValueError when the input itself goes beyond."
     if bounds is None:
@@ -765,7 +765,7 @@ def _sizes(values: Iterable[float], name: str) -> list[float]:
         raise ValueError(f"{name} cannot be negative, got {min(values):g}")
     return values
 
-# %% ../nbs/04_evaluation.ipynb #945ef689
+# %% ../nbs/04_evaluation.ipynb #05b2f6af
 def noise_curve(
     model: nn.Module,  # logits (B, C, …); put into eval mode for the measurement
     data,  # Dataset of (x, y), DataLoader, or a pair of tensors
@@ -778,7 +778,7 @@ def noise_curve(
 ) -> DataFrame:  # a row per σ: sigma, accuracy, loss (nats), n, and accuracy_0 … accuracy_T of a FeedbackModel
     "Accuracy under Gaussian noise on the input."
     sigmas = _sizes(sigmas, "sigmas")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed((0x9E3779B1 * (seed + 1)) % 2**32)  # data drawn from this very seed would resemble the noise
 
     def noisy(x, y):
         low, high = _limits(x, bounds)
@@ -787,7 +787,7 @@ def noise_curve(
 
     return _curve(model, data, "sigma", sigmas, noisy, batch_size, steps)
 
-# %% ../nbs/04_evaluation.ipynb #0a19581c
+# %% ../nbs/04_evaluation.ipynb #7292375b
 def corruption_curve(
     model: nn.Module,  # logits (B, C, …)
     data,  # Dataset of (x, y), DataLoader, or a pair of tensors
@@ -820,7 +820,7 @@ def corruption_curve(
     table.insert(0, "corruption", table.pop("corruption"))
     return table
 
-# %% ../nbs/04_evaluation.ipynb #310d485f
+# %% ../nbs/04_evaluation.ipynb #c639fcde
 def _captum():
     "captum's attacks; ImportError that says how to get them."
     try:
@@ -851,7 +851,7 @@ def _warn_without_gradient(none: int, n: int) -> None:
     if none > 0.01 * n:
         warnings.warn(f"{none} of {n} inputs had no gradient to follow, so the curve is too good: look at `masking_check`", RuntimeWarning, stacklevel=3)
 
-# %% ../nbs/04_evaluation.ipynb #0662b653
+# %% ../nbs/04_evaluation.ipynb #8a14bf15
 def fgsm_curve(
     model: nn.Module,  # logits (B, C, …); gradients go through all feedback steps
     data,  # Dataset of (x, y), DataLoader, or a pair of tensors
@@ -877,7 +877,7 @@ def fgsm_curve(
     _warn_without_gradient(flat, n)
     return curve
 
-# %% ../nbs/04_evaluation.ipynb #996c8918
+# %% ../nbs/04_evaluation.ipynb #8b0da724
 def _strongest(model, x, y, steps, tries: Iterable[torch.Tensor]) -> torch.Tensor:
     "For each example, of several changed inputs the one with the highest loss, wrong answers first."
     best, worst = x, torch.full((len(x),), -math.inf, device=x.device)
@@ -900,7 +900,7 @@ def _pgd(model, x, y, epsilon, *, steps, bounds, iterations, step_size, restarts
     tries = (_attack(PGD, model, x, y, steps, bounds, **how) for _ in range(restarts))
     return next(tries) if restarts == 1 else _strongest(model, x, y, steps, tries)
 
-# %% ../nbs/04_evaluation.ipynb #c094dcdf
+# %% ../nbs/04_evaluation.ipynb #d74e31e5
 def pgd_curve(
     model: nn.Module,  # logits (B, C, …); gradients go through all feedback steps
     data,  # Dataset of (x, y), DataLoader, or a pair of tensors
@@ -927,7 +927,7 @@ def pgd_curve(
     with _seeded(seed):
         return _curve(model, data, "epsilon", epsilons, attacked, batch_size, steps)
 
-# %% ../nbs/04_evaluation.ipynb #f08d99d5
+# %% ../nbs/04_evaluation.ipynb #587911bb
 def area(
     curve: DataFrame,  # of `noise_curve`, `fgsm_curve`, …; x ascending
     y: str = "accuracy",  # column
@@ -942,7 +942,7 @@ def area(
         raise ValueError(f"an area needs two points at least, and {x!r} ascending, got {[f'{v:g}' for v in at.tolist()]}; sort the curve, or take one corruption at a time")
     return float(torch.trapezoid(height, at) / (at[-1] - at[0]))
 
-# %% ../nbs/04_evaluation.ipynb #b139f5e6
+# %% ../nbs/04_evaluation.ipynb #a992145e
 def masking_check(
     model: nn.Module,  # the model whose curve one wants to believe
     data,  # a few hundred inputs are enough: Dataset of (x, y), DataLoader, or a pair of tensors
@@ -983,7 +983,7 @@ def masking_check(
         warnings.warn(f"the gradient is masked: '{found}' finds more than PGD with {iterations} steps; do not report its curve as robustness", RuntimeWarning, stacklevel=2)
     return table
 
-# %% ../nbs/04_evaluation.ipynb #d1228c79
+# %% ../nbs/04_evaluation.ipynb #9270c113
 @torch.no_grad()
 def predictions(
     model: nn.Module,  # logits (B, C, …)
@@ -1000,7 +1000,7 @@ def predictions(
             targets.append(y.cpu())
     return torch.cat(logits, 1), torch.cat(targets)
 
-# %% ../nbs/04_evaluation.ipynb #0b84916f
+# %% ../nbs/04_evaluation.ipynb #84f5582b
 def reliability(
     logits: torch.Tensor,  # (N, C, …)
     y: torch.Tensor,  # (N, …), class numbers
@@ -1021,7 +1021,7 @@ def reliability(
     table = pd.DataFrame({"low": torch.arange(bins) / bins, "high": torch.arange(1, bins + 1) / bins, "n": n, "confidence": sums[0] / n, "accuracy": sums[1] / n})
     return table[table["n"] > 0].reset_index(drop=True)
 
-# %% ../nbs/04_evaluation.ipynb #8276c148
+# %% ../nbs/04_evaluation.ipynb #b7342296
 def calibration(
     model: nn.Module,  # logits (B, C, …)
     data,  # Dataset of (x, y), DataLoader, or a pair of tensors

@@ -55,7 +55,7 @@ def test_the_statistics_that_follow_from_the_papers_own_runs(a, b, t, p):
     assert found.low < found.difference < found.high
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(scores)
 def test_paired_never_returns_nan_and_turns_round_with_its_arguments(pairs):
     a, b = zip(*pairs)
@@ -68,7 +68,7 @@ def test_paired_never_returns_nan_and_turns_round_with_its_arguments(pairs):
     assert one.d_z == pytest.approx(one.t / math.sqrt(one.n))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.integers(2, 10), st.integers(0, 10**6))
 def test_paired_is_scipys_test(n, seed):
     from scipy import stats
@@ -377,7 +377,7 @@ def test_foolbox_agrees():
         optimizer.step()
     theirs = foolbox.PyTorchModel(model.eval(), bounds=(0, 1))
     epsilons = [0.01, 0.03, 0.06]
-    for attack, curve in ((foolbox.attacks.LinfFastGradientAttack(), fgsm_curve), (foolbox.attacks.LinfPGD(steps=20), partial(pgd_curve, iterations=20))):
+    for attack, curve in ((foolbox.attacks.LinfFastGradientAttack(), fgsm_curve), (foolbox.attacks.LinfPGD(rel_stepsize=0.125, steps=20), partial(pgd_curve, iterations=20))):
         *_, success = attack(theirs, x, y, epsilons=epsilons)
         assert curve(model, (x, y), epsilons).accuracy.tolist() == pytest.approx((1 - success.double().mean(1)).tolist(), abs=0.02)
 
@@ -618,15 +618,27 @@ def test_peak_memory_counts_what_is_alive_at_once():
 
 
 def test_cost_ratios_and_passes():
-    from feedback_nb.cbl import CBL
-
     def base():
         return nn.Sequential(nn.Linear(12, 64), nn.ReLU(), nn.Linear(64, 3))
 
-    models = {"net": base(), "loop": CBL(base(), ["0"], example=torch.rand(2, 12), context_dim=2, steps=3)}
+    class Loop(FeedbackModel):
+        def __init__(self, net, steps):
+            super().__init__(steps)
+            self.net = net
+
+        def start(self, x, *, states=False):
+            y = self.net(x)
+            return State(y, y)
+
+        def step(self, x, state):
+            y = self.net(x + state.y.mean())
+            return State(y, y)
+
+    models = {"net": base(), "loop": Loop(base(), 3)}
     table = cost(models, torch.rand(8, 12), "net", seconds=0.02, rounds=1)
     assert (table.loc["net"].filter(like="_ratio") == 1).all()
-    assert 3.9 < table.loc["loop", "mflops_ratio"] < 4.6  # four passes, and a little for the loop
+    assert table.loc["loop", "mflops_ratio"] == 4 and table.loc["loop", "parameters_ratio"] == 1  # T + 1 passes of the same weights
+    assert 3.5 < table.loc["loop", "saved_mb_ratio"] < 4.5
     beside = cost(models["net"], torch.rand(8, 12), base(), seconds=0.02, rounds=1)
     assert list(beside.index) == ["Sequential", "reference"] and beside.parameters_ratio.tolist() == [1, 1]
     assert "train_ms" not in cost(models["net"], torch.rand(8, 12), train=False, seconds=0.02)
@@ -634,8 +646,9 @@ def test_cost_ratios_and_passes():
 
 def test_cost_leaves_the_model_and_the_random_state_as_they_were():
     model = nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 3)).train()
+    x = torch.rand(8, 12)
     before, state = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
-    cost(model, torch.rand(8, 12), seconds=0.02, rounds=1)
+    cost(model, x, seconds=0.02, rounds=1)
     torch.testing.assert_close(dict(model.state_dict()), before)
     assert model.training and all(p.grad is None for p in model.parameters()) and torch.equal(torch.get_rng_state(), state)
 
