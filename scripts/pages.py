@@ -266,7 +266,12 @@ def relink(root: Path, chapters: list[dict], soup, faults: list[str]) -> None:
         target, _, anchor = a["href"].partition("#")
         anchor = "#" + anchor if anchor else ""
         if target.startswith(site) and (target.removeprefix(site) or "index.html") in names:
-            a["href"] = (target.removeprefix(site) or "index.html") + anchor
+            # nbdev links every name it knows; what is private has no entry, and a method is documented with its class
+            name = anchor.removeprefix("#").split(".")
+            if name[0].startswith("_"):
+                a.unwrap()
+                continue
+            a["href"] = (target.removeprefix(site) or "index.html") + ("#" + name[0] if name[0] else "")
             a.attrs.pop("target", None)
         elif target in pages:
             a["href"] = pages[target] + anchor

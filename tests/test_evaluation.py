@@ -27,7 +27,7 @@ from feedback_nb.evaluation import (area, calibration, compare, corruption_curve
                                     predictions, recorded, reliability, significance)
 from feedback_nb.feedback import FeedbackModel, State
 
-scores = st.lists(st.tuples(st.floats(0, 100), st.floats(0, 100)), min_size=2, max_size=12)
+scores = st.lists(st.tuples(st.floats(0, 100), st.floats(0, 100)), min_size=2, max_size=6)
 
 
 @pytest.fixture(autouse=True)
@@ -218,16 +218,16 @@ def child(file, models="{'a': net}", n=20):
 
 def test_two_writers_and_a_kill_9_leave_a_whole_file(tmp_path):
     file = tmp_path / "runs.json"
-    first, second = child(file), child(file, "{'b': net}")
-    while not file.exists() or len(json.loads(file.read_text())["rows"]) < 6:  # every read sees a whole file
-        assert first.poll() is None and second.poll() is None
+    first, second = child(file, n=500), child(file, "{'b': net}")
+    while not file.exists() or sum(row["model"] == "a" for row in json.loads(file.read_text())["rows"]) < 3:  # every read sees a whole file
+        assert first.poll() is None
         time.sleep(0.02)
     first.send_signal(signal.SIGKILL)
-    assert second.wait(60) == 0 and first.wait(60) == -signal.SIGKILL
+    assert first.wait(120) == -signal.SIGKILL and second.wait(120) == 0
     record = json.loads(file.read_text())
     assert sum(row["model"] == "b" for row in record["rows"]) == 20
     done = sum(row["model"] == "a" for row in record["rows"])
-    assert 0 < done < 20 and len(record["histories"]) == 20 + done
+    assert 3 <= done < 500 and len(record["histories"]) == 20 + done
     resumed = quick({"a": net, "b": net}, DATA, range(20), results=file)
     assert len(resumed.frame) == 40 and resumed.scores("a") == resumed.scores("b")
 
