@@ -79,15 +79,15 @@ def key_of(root: Path, notebook: Path, environment: str) -> str:
     # a recorded cell is not executed: what it shows is part of the input
     digest.update(json.dumps([["".join(c["source"]), c["outputs"] if skipped(root, c) else 0] for c in cells if c["cell_type"] == "code"]).encode())
     package = root / settings(root)["lib_path"]
-    reached, waiting, everything = set(), {"__init__"} | imported(package, code), code
+    reached, waiting, everything = {}, {"__init__"} | imported(package, code), code
     while waiting:
         module = waiting.pop()
-        reached.add(module)
-        if (path := package / f"{module}.py").is_file():
-            text = path.read_text(encoding="utf-8")
-            digest.update(f"{module}\0{text}".encode())
-            everything += text
-            waiting |= imported(package, text, ast.parse(text)) - reached
+        path = package / f"{module}.py"
+        reached[module] = path.read_text(encoding="utf-8") if path.is_file() else ""
+        waiting |= imported(package, reached[module], ast.parse(reached[module])) - reached.keys()
+    for module, text in sorted(reached.items()):
+        digest.update(f"{module}\0{text}\0".encode())
+        everything += text
     for folder in ("nbs/samples", "nbs/images", "results"):
         if Path(folder).name not in everything:  # neither the notebook nor what it imports speaks of it
             continue
@@ -312,8 +312,8 @@ def main() -> int:
     for fault in faults:
         print(f"    FAULT in {fault}")
     broken = [stem for stem, book in state.items() if book["failed"]]
-    took = time.perf_counter() - start
-    print(f"The book is at {os.path.relpath(out / 'index.html', Path.cwd())}, made in {took // 60:.0f} min {took % 60:.0f} s." + (f" Did not run to the end: {', '.join(broken)}." if broken else ""))
+    minutes, seconds = divmod(round(time.perf_counter() - start), 60)
+    print(f"The book is at {os.path.relpath(out / 'index.html', Path.cwd())}, made in {minutes} min {seconds} s." + (f" Did not run to the end: {', '.join(broken)}." if broken else ""))
     return 1 if broken or faults else 0
 
 

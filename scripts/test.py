@@ -38,6 +38,7 @@ def main() -> int:
                 failed.append(path.name)
                 print("".join(f"    | {line}\n" for line in said.strip().splitlines()), end="", flush=True)
     print(f"Notebooks: {len(paths) - len(failed)} passed, {len(failed)} failed in {time.perf_counter() - start:.0f} s." + (f" Failed: {', '.join(failed)}." if failed else ""), flush=True)
+    del os.environ["TQDM_DISABLE"]  # a test looks at the progress bar
     tests = subprocess.run([sys.executable, "-m", "pytest", "-q", "-n", str(jobs), *sys.argv[1:]], cwd=ROOT)
     return 1 if failed else tests.returncode
 

@@ -1,4 +1,5 @@
 """The offline book: a small one is made here, every page of the real one is read where it has been made, a real browser looks where there is one."""
+import functools
 import json
 import os
 import re
@@ -6,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
@@ -53,6 +53,11 @@ def real_pages():
     "The pages of this project's own book; none when it was not made, or is not whole because it is being made or was stopped."
     pages = sorted(p for p in (ROOT / "_book").glob("*.html") if not p.name.startswith("."))
     return pages if {re.sub(r"^\d+_", "", p.stem) for p in (ROOT / "nbs").glob("*.ipynb")} == {p.stem for p in pages} else []
+
+
+@functools.cache
+def ids_of(path):
+    return set(re.findall(r' id="([^"]*)"', path.read_text(encoding="utf-8")))
 
 
 # ---------------------------------------------------------------- rules for any page
