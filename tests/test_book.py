@@ -87,7 +87,7 @@ def check_page(path):
         there = path.parent / unquote(target) if target else path
         assert there.is_file(), f"{path.name} links to {a['href']}, which does not exist"
         if anchor and there.suffix == ".html":
-            assert (page(there) if target else soup).find(id=unquote(anchor)), f"{path.name} links to {a['href']}, where there is no such part"
+            assert unquote(anchor) in ids_of(there), f"{path.name} links to {a['href']}, where there is no such part"
     # code and prose do not carry what was meant for nbdev or Quarto
     assert not re.search(r"^#\| ", "\n".join(code.get_text() for code in soup.find_all("pre")), flags=re.M), f"{path.name} shows a directive"
     for code in soup.find_all(["code", "script", "pre"]):
