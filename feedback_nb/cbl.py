@@ -6,7 +6,7 @@
 __all__ = ['ADAPTERS', 'GateAdapter', 'ConcatAdapter', 'AttentionAdapter', 'Site', 'plan_sites', 'literal_step', 'through_step',
            'Context', 'CBL', 'cnn', 'cbl_cnn']
 
-# %% ../nbs/10_cbl.ipynb #42a1e8fa
+# %% ../nbs/10_cbl.ipynb #1934f150
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from .feedback import FeedbackModel, Splice, State, find_layers, settled_before, trace_calls
 
-# %% ../nbs/10_cbl.ipynb #71e073eb
+# %% ../nbs/10_cbl.ipynb #86bc5c1d
 class GateAdapter(nn.Module):
     """ψ(h, z) = h ⊙ 2σ(W z + b): the context turns every channel up or down, between 0 and 2 times."""
 
@@ -49,7 +49,7 @@ class ConcatAdapter(nn.Module):
         mixed = F.linear(h, self.state.weight) if h.dim() == 2 else torch.einsum("oc,bc...->bo...", self.state.weight, h)
         return mixed + shift.view(*shift.shape, *[1] * (h.dim() - 2))
 
-# %% ../nbs/10_cbl.ipynb #c18e3c32
+# %% ../nbs/10_cbl.ipynb #956afd5c
 class AttentionAdapter(nn.Module):
     """ψ(h, z) = h + softmax(Q(h) K(z)ᵀ/√d) V(z): every position of h looks at a few tokens made from z."""
 
@@ -69,7 +69,7 @@ class AttentionAdapter(nn.Module):
 
 ADAPTERS = {"gate": GateAdapter, "concat": ConcatAdapter, "attention": AttentionAdapter}
 
-# %% ../nbs/10_cbl.ipynb #71de5248
+# %% ../nbs/10_cbl.ipynb #77f11514
 class Site(NamedTuple):
     """One place that is refined."""
 
@@ -111,7 +111,7 @@ def _site(layer, name, call, dim):
     dim = _channel_dim(layer, output) if dim is None else dim % output.dim()
     return Site(f"{name}#{call.k}" if call.k else name, name, output.shape[dim], dim, call.written)
 
-# %% ../nbs/10_cbl.ipynb #eea2cf81
+# %% ../nbs/10_cbl.ipynb #f66ae8c0
 def plan_sites(
     net: nn.Module,  # the network
     layers: "list[str]",  # names of the layers to refine
@@ -136,7 +136,7 @@ def plan_sites(
             raise ValueError(f"layer {site.layer!r} runs several times, with {first.channels} and with {site.channels} channels; one adapter cannot serve both")
     return sites, calls, output
 
-# %% ../nbs/10_cbl.ipynb #d6a13b20
+# %% ../nbs/10_cbl.ipynb #8d960940
 def _blend(model, site, h, o, z):
     """α h + (1-α) ψ(o, z), with the channels in dimension 1 for the adapter."""
     refined = model.adapters[site.layer](o.movedim(site.dim, 1), z)
@@ -168,7 +168,7 @@ def literal_step(
 
     return State(h, model.splice.run(model.net, x, answer), state.memo)
 
-# %% ../nbs/10_cbl.ipynb #7f84dfe0
+# %% ../nbs/10_cbl.ipynb #cf1dd852
 def through_step(
     model: "CBL",  # the model
     x,  # the input, which enters again in every step
@@ -187,7 +187,7 @@ def through_step(
 
     return State(h, model.splice.run(model.net, x, answer), state.memo)
 
-# %% ../nbs/10_cbl.ipynb #1370c77f
+# %% ../nbs/10_cbl.ipynb #34ddb364
 class _Adapters(nn.ModuleDict):
     """A ModuleDict whose keys may hold dots, as layer names do."""
 
@@ -226,7 +226,7 @@ class Context(nn.Module):
     ):  # (B, context_dim)
         return torch.tanh(self.linear(y.flatten(2).mean(2) if y.dim() > 2 else y))
 
-# %% ../nbs/10_cbl.ipynb #f6bfd1c7
+# %% ../nbs/10_cbl.ipynb #480c2a29
 def _check_alpha(alpha):
     alpha = float(alpha)
     if not 0 <= alpha <= 1:
@@ -244,7 +244,7 @@ def _make_adapter(adapter, site, context_dim):
         raise ValueError(f"the adapter factory returned {type(made).__name__} for layer {site.layer!r}, expected a torch Module taking (h, z)")
     return made
 
-# %% ../nbs/10_cbl.ipynb #38e2ecc1
+# %% ../nbs/10_cbl.ipynb #0f013c13
 class CBL(FeedbackModel):
     """Contextual Backpropagation Loops around any network: its output refines the named layers, `steps` times."""
 
@@ -321,7 +321,7 @@ class CBL(FeedbackModel):
         """One refinement, by the flow of this model."""
         return (through_step if self.flow == "through" else literal_step)(self, x, state)
 
-# %% ../nbs/10_cbl.ipynb #e87abc65
+# %% ../nbs/10_cbl.ipynb #f4cb607b
 def cnn(
     in_channels: int = 3,  # of the images
     n_classes: int = 10,
