@@ -119,7 +119,6 @@ def test_equals_a_pass_without_shortcuts(kind, flow, monkeypatch):
     stepwise_loss(fast, torch.arange(4)).backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    last = next(reversed(model.sites))
     monkeypatch.setattr(CBL, "recall", lambda self, memo, name, k, compute: compute())
     slow = model.trajectory(x)
     for a, b in zip(fast.outputs, slow.outputs, strict=True):
@@ -128,7 +127,6 @@ def test_equals_a_pass_without_shortcuts(kind, flow, monkeypatch):
     for name, p in model.named_parameters():
         if p.grad is not None:
             assert_close(gradients[name], p.grad, atol=1e-6, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
-    assert last in model.sites
 
 
 @settings(max_examples=20, deadline=None)

@@ -256,7 +256,6 @@ def test_non_finite_states_name_layer_step_and_example():
     with pytest.raises(FloatingPointError, match=r"input .* not finite \(example 2\)"):
         model(torch.tensor([[0.0, 1], [0, 3], [float("nan"), 1]]))
     model.train()
-    before = None
     with pytest.raises(FloatingPointError):
         model(x)
     before = model.norm.running_mean.clone()
