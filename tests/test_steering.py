@@ -1,0 +1,388 @@
+"""Steering: what one call does and leaves, the released code's numbers, the vectors, composites, scores, and priors from text."""
+
+import json
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import nn
+from torch.testing import assert_close
+from torch.utils.data import DataLoader, TensorDataset
+
+from feedback_nb.lrm import LRM, load_published
+from feedback_nb.steering import (
+    Prototypes,
+    Steer,
+    TextPrior,
+    a_prime,
+    contrast,
+    instance,
+    one_hot,
+    overlay,
+    prototype,
+    search,
+    side_by_side,
+    text_embeddings,
+    triplets,
+)
+
+GOLDENS = Path(__file__).parent / "goldens"
+
+
+def small(motif="paper", connections=(("head", "conv1"), ("conv2", "conv1")), seed=0, **options):
+    torch.manual_seed(seed)
+    net = nn.Sequential()
+    net.add_module("conv1", nn.Conv2d(3, 6, 3, padding=1))
+    net.add_module("relu1", nn.ReLU(inplace=True))
+    net.add_module("pool", nn.MaxPool2d(2))
+    net.add_module("conv2", nn.Conv2d(6, 8, 3, padding=1))
+    net.add_module("relu2", nn.ReLU(inplace=True))
+    net.add_module("gap", nn.AdaptiveAvgPool2d(1))
+    net.add_module("flat", nn.Flatten())
+    net.add_module("head", nn.Linear(8, 5))
+    return LRM(net, list(connections), example=torch.zeros(1, 3, 12, 12), motif=motif, **options).eval()
+
+
+@pytest.fixture
+def x():
+    return torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", ["s1", "s3", "s3_full", "spair", "s3_vec", "s3_half"])
+@pytest.mark.parametrize("first", [False, True])
+def test_steers_as_the_released_code_does(name, first):
+    golden, about = load_file(GOLDENS / "lrm_tiny.safetensors"), json.loads((GOLDENS / "lrm_tiny.json").read_text())
+    sizes, net = [3, 8, 12, 16], nn.Sequential()
+    conv = lambda i: nn.Conv2d(sizes[i], sizes[i + 1], 3, padding=1)
+    net.add_module("features", nn.Sequential(conv(0), nn.ReLU(), nn.MaxPool2d(2), conv(1), nn.ReLU(), conv(2), nn.ReLU()))
+    net.add_module("pool", nn.AdaptiveAvgPool2d(4))
+    net.add_module("flatten", nn.Flatten(1))
+    net.add_module("classifier", nn.Sequential(nn.Linear(256, 32), nn.ReLU(), nn.Linear(32, 10)))
+    pairs = [(c["source"], c["destination"]) for c in about["connections"]]
+    model = LRM(net, pairs, example=torch.zeros(1, 3, 32, 32), motif="published").eval()
+    load_published(model, {k.removeprefix("state."): v for k, v in golden.items() if k.startswith("state.")})
+    how = about["steering"][name]
+    vector = golden[how["activation"].split()[0]]
+    strength = tuple(how["strength"]) if isinstance(how["strength"], list) else how["strength"]
+    key = f"steer{'first' if first else ''}.{name}.pass"
+    passes = sorted(k for k in golden if k.startswith(key))
+    steer = Steer(how["source"], vector, gain=strength, blend=how["alpha"], from_first_pass=first)
+    with torch.no_grad():
+        outputs = model.trajectory(golden["in.x"], steps=len(passes) - 1, steer=steer).outputs
+    assert len(passes) >= 2
+    for key, output in zip(passes, outputs):
+        assert_close(output, golden[key], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("motif", ["paper", "published"])
+@pytest.mark.parametrize("first", [False, True])
+def test_no_gain_and_no_blend_is_no_steering(motif, first, x):
+    model = small(motif, steps=2)
+    with torch.no_grad():
+        plain = model.trajectory(x)
+        same = model.trajectory(x, steer=Steer("head", torch.randn(5), gain=(1, 1), blend=0, from_first_pass=first))
+    assert all(torch.equal(a, b) for a, b in zip(plain.outputs, same.outputs))
+
+
+@settings(max_examples=10, deadline=None)
+@given(gain=st.floats(0, 5), blend=st.floats(0, 1), motif=st.sampled_from(["paper", "published"]), seed=st.integers(0, 99))
+def test_a_steered_call_changes_nothing_for_the_next_one(gain, blend, motif, seed):
+    x = torch.randn(3, 3, 12, 12, generator=torch.Generator().manual_seed(seed))
+    model, vector = small(motif), torch.randn(5, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        state, plain = {k: v.clone() for k, v in model.state_dict().items()}, model(x)
+        steered = model(x, steer=Steer("head", vector, gain=gain, blend=blend))
+        assert torch.equal(model(x), plain)
+        assert torch.equal(model(x, steer=Steer("head", vector, gain=gain, blend=blend)), steered)
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+def test_steering_is_what_the_formula_says(x):
+    model = small(connections=[("head", "conv1")])
+    vector = torch.randn(5)
+    with torch.no_grad():
+        first = model(x, steps=0)
+        drive = model.modulations["conv1"].drives["head"]
+        drive.neg.fill_(0.7), drive.pos.fill_(1.3)
+        mixed = 0.25 * vector + 0.75 * first
+        a = torch.tanh((mixed - drive.u.flatten()) / drive.log_sigma.exp().flatten())
+        a = torch.where(a > 0, 1.3 * 2.0 * a, 0.7 * 0.5 * a)
+        o = model.backbone.conv1(x)
+        h = o + o * F.linear(a, drive.conv.weight.flatten(1))[:, :, None, None]
+        for name in ("pool", "conv2"):
+            h = getattr(model.backbone, name)(F.relu(h))
+        expected = model.backbone.head(F.relu(h).mean((2, 3)))
+        assert_close(model(x, steer=Steer("head", vector, gain=(0.5, 2.0), blend=0.25)), expected)
+
+
+@pytest.mark.parametrize("motif", ["paper", "published"])
+def test_every_example_has_its_own_vector(motif, x):
+    model, vectors = small(motif), torch.randn(4, 5)
+    with torch.no_grad():
+        together = model(x, steer=Steer("head", vectors, gain=2))
+        alone = torch.cat([model(x[i : i + 1], steer=Steer("head", vectors[i], gain=2)) for i in range(4)])
+        swapped = model(x, steer=Steer("head", vectors.flip(0), gain=2))
+    assert_close(together, alone)
+    assert not torch.allclose(together, swapped)
+
+
+@pytest.mark.parametrize("motif", ["paper", "published"])
+def test_map_sources_and_local_vectors(motif, x):
+    model = small(motif)
+    with torch.no_grad():
+        everywhere = model(x, steer=Steer("conv2", torch.ones(8)))
+        as_map = model(x, steer=Steer("conv2", torch.ones(1, 8, 6, 6)))
+        assert_close(everywhere, as_map)
+        half = torch.zeros(1, 5, 12, 12)
+        half[..., :6] = 3.0
+        local = model.trajectory(x, steer=Steer("head", half))
+        assert local.output.shape == (4, 5) and not torch.allclose(local.output, model(x))
+        uniform = model(x, steer=Steer("head", torch.full((1, 5, 12, 12), 3.0)))
+        if motif == "paper":  # the published motif normalises a map over its positions, so a map of one vector is no vector to it
+            assert_close(uniform, model(x, steer=Steer("head", torch.full((5,), 3.0))))
+
+
+def test_gradients_reach_a_steering_vector(x):
+    model, vector = small(), torch.zeros(5, requires_grad=True)
+    model(x, steer=Steer("head", vector, gain=2)).sum().backward()
+    assert vector.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    "vector, options, words",
+    [
+        (torch.tensor([0, 1, 0, 0, 0]), {}, "floating-point.*int64.*one_hot"),
+        ([0.0] * 5, {}, "floating-point.*list"),
+        (torch.zeros(1, 5, 2), {}, r"\(C,\), \(B, C\)"),
+        (torch.tensor([0.0, float("nan"), 0, 0, 0]), {}, "not finite"),
+        (torch.zeros(5), {"gain": -0.1}, "gain.*≥ 0"),
+        (torch.zeros(5), {"gain": float("nan")}, "gain"),
+        (torch.zeros(5), {"gain": (1, float("inf"))}, "gain"),
+        (torch.zeros(5), {"gain": (1, 1, 1)}, "pair"),
+        (torch.zeros(5), {"blend": 1.5}, "blend"),
+        (torch.zeros(5), {"blend": float("nan")}, "blend"),
+    ],
+)
+def test_bad_descriptions_are_refused(vector, options, words):
+    with pytest.raises(ValueError, match=words):
+        Steer("head", vector, **options)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_what_does_not_fit_the_model_is_refused(first, x):
+    model = small()
+    for steer, words in [
+        (Steer("head", torch.zeros(7), from_first_pass=first), "head.*5 channels"),
+        (Steer("nowhere", torch.zeros(5), from_first_pass=first), "nowhere.*sources are"),
+        (Steer("head", torch.zeros(3, 5)), "3 vectors for a batch of 4"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            model(x, steer=steer)
+
+
+def test_one_hot_and_contrast():
+    assert one_hot([2, 0], 3, scale=2.0).tolist() == [[0, 0, 2], [2, 0, 0]]
+    assert one_hot(1, 3).dtype == torch.float32
+    for bad in (3, -1, 1.0):
+        with pytest.raises(ValueError, match="0 to 2"):
+            one_hot(bad, 3)
+    assert contrast(torch.tensor([2.0, 1.0]), torch.tensor([1.0, 1.0])).tolist() == [1, 0]
+    with pytest.raises(ValueError, match="one shape"):
+        contrast(torch.zeros(2), torch.zeros(3))
+
+
+def test_instance_is_the_source_of_that_picture_and_keeps_the_modes(x):
+    model = small().train()
+    model.backbone.eval()
+    with torch.no_grad():
+        assert_close(instance(model, x, steps=0), model(x, steps=0))
+        assert_close(instance(model, x), model(x))
+    assert instance(model, x, "conv2").shape == (4, 8, 6, 6)
+    assert model.training and not model.backbone.training
+    with pytest.raises(ValueError, match="no source.*conv2"):
+        instance(model, x, "relu1")
+
+
+@settings(max_examples=8, deadline=None)
+@given(batch=st.integers(1, 40), seed=st.integers(0, 99), offset=st.sampled_from([0.0, 1e4]))
+def test_prototypes_do_not_depend_on_the_batches(batch, seed, offset):
+    g = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(40, 3, 12, 12, generator=g), torch.arange(40) % 4
+    model = small()
+    with torch.no_grad():
+        model.backbone.head.bias += offset  # a large mean must not drown the spread
+    said = instance(model, x).double()
+    data = TensorDataset(x, y)
+    for source in (data, DataLoader(data, batch)):
+        found = prototype(model, source, batch_size=batch)
+        assert isinstance(found, Prototypes) and found.count.tolist() == [10] * 4
+        for c in range(4):
+            own = said[y == c]
+            assert_close(found.mean[c].double(), own.mean(0), rtol=1e-5, atol=1e-5)
+            assert_close(found.stderr[c].double(), own.std(0) / 10**0.5, rtol=1e-2, atol=2e-3 if offset else 1e-6)
+
+
+def test_prototypes_name_what_is_missing(x):
+    model = small()
+    data = TensorDataset(x, torch.tensor([0, 0, 2, 2]))
+    with pytest.raises(ValueError, match="class 1 has no example"):
+        prototype(model, data)
+    with pytest.raises(ValueError, match="label 2.*2 classes"):
+        prototype(model, data, n_classes=2)
+    with pytest.raises(ValueError, match="at least one example"):
+        prototype(model, TensorDataset(x[:0], torch.zeros(0, dtype=torch.long)))
+    one = prototype(model, TensorDataset(x, torch.arange(4)), "conv2")
+    assert one.mean.shape == (4, 8, 6, 6) and one.stderr.isnan().all()
+
+
+def test_composites():
+    a, b = torch.zeros(2, 3, 8, 8), torch.ones(2, 3, 8, 8)
+    assert overlay(a, b).unique().item() == 0.5 and overlay(a, b, 0.25).unique().item() == 0.75
+    wide = side_by_side(a, b)
+    assert wide.shape == (2, 3, 8, 16) and wide[..., :8].max() == 0 and wide[..., 8:].min() == 1
+    squeezed = side_by_side(a, b, fit="squeeze")
+    assert squeezed.shape == a.shape and squeezed[..., :3].max() == 0 and squeezed[..., 5:].min() == 1
+    assert side_by_side(a[0], b[0], fit="squeeze").shape == (3, 8, 8)
+    for bad in (lambda: overlay(a, b[:1]), lambda: overlay(a.byte(), b.byte()), lambda: overlay(a, b, 2.0), lambda: side_by_side(a, b, fit="tall"), lambda: side_by_side(a, b[..., :4])):
+        with pytest.raises(ValueError):
+            bad()
+
+
+@settings(max_examples=15, deadline=None)
+@given(classes=st.integers(3, 6), members=st.integers(1, 7), per_pair=st.integers(1, 9), seed=st.integers(0, 9))
+def test_triplets_are_balanced(classes, members, per_pair, seed):
+    y = torch.arange(classes).repeat(members)
+    three = triplets(y, per_pair, seed=seed)
+    kinds = y[three]
+    assert len(three) == per_pair * classes * (classes - 1) // 2
+    assert all(len(set(row)) == 3 for row in kinds.tolist())
+    pairs = kinds[:, :2].sort(1).values
+    assert torch.unique(pairs, dim=0, return_counts=True)[1].unique().tolist() == [per_pair]
+    assert torch.equal(three, triplets(y, per_pair, seed=seed))
+    for pair in pairs.unique(dim=0):
+        used = three[(pairs == pair).all(1)][:, :2].flatten().bincount(minlength=len(y))
+        for c in pair:
+            counts = used[y == c]
+            assert counts.max() - counts.min() <= 1  # nobody twice before all had their turn
+
+
+def test_triplets_need_three_classes():
+    with pytest.raises(ValueError, match="three classes"):
+        triplets(torch.tensor([0, 1, 0]), 1)
+
+
+@given(st.floats(0, 1), st.floats(0, 1))
+def test_a_prime_is_bounded_and_antisymmetric(h, f):
+    score = a_prime(h, f)
+    assert 0 <= score <= 1
+    assert score == pytest.approx(1 - a_prime(f, h), abs=1e-12)
+    assert (score > 0.5) == (h > f) or abs(h - f) < 1e-9
+
+
+def test_a_prime_by_hand():
+    assert a_prime(1.0, 0.0) == 1 and a_prime(0.0, 0.0) == 0.5 and a_prime(1.0, 1.0) == 0.5
+    assert a_prime(0.8, 0.4) == pytest.approx(0.5 + 0.4 * 1.4 / (4 * 0.8 * 0.6))
+    assert_close(a_prime(torch.tensor([1.0, 0.5]), torch.tensor([0.0, 0.5])), torch.tensor([1.0, 0.5], dtype=torch.float64))
+    for bad in ((1.1, 0), (0, -0.1), (float("nan"), 0)):
+        with pytest.raises(ValueError, match="rates"):
+            a_prime(*bad)
+
+
+def test_search_counts_what_single_calls_answer():
+    model = small(steps=2)
+    x, y = torch.randn(12, 3, 12, 12, generator=torch.Generator().manual_seed(3)), torch.arange(12) % 4
+    three, vectors = triplets(y, 2), 3 * torch.randn(4, 5, generator=torch.Generator().manual_seed(4))
+    found = search(model, x, y, three, vectors, gain=2.0, batch_size=5)
+    assert found.hits.shape == (12, 2, 3) and found.false_alarms.shape == (12, 3)
+    for i, row in enumerate(three):
+        shown = overlay(x[row[0]], x[row[1]])[None]
+        with torch.no_grad():
+            answers = [[int(o.argmax()) == int(y[k]) for o in model.trajectory(shown, steer=Steer("head", vectors[y[k]], gain=2.0)).outputs] for k in row]
+        assert found.hits[i].tolist() == answers[:2] and found.false_alarms[i].tolist() == answers[2]
+    rates = found.rates()
+    assert rates["hits"] == pytest.approx(found.hits.double().mean((0, 1)).tolist())
+    by_picture = search(model, x, y, three, vectors[y], by="picture", gain=2.0)
+    assert torch.equal(by_picture.hits, found.hits)
+    with pytest.raises(ValueError, match="vector for each"):
+        search(model, x, y, three, vectors[:2])
+
+
+def pairs(n=40, text_dim=6, out_dim=9, noise=0.0):
+    g = torch.Generator().manual_seed(0)
+    text = F.normalize(torch.randn(n, text_dim, generator=g), dim=1)
+    return text, 5 + 3 * text @ torch.randn(text_dim, out_dim, generator=g) + noise * torch.randn(n, out_dim, generator=g)
+
+
+def test_the_ridge_prior_finds_a_linear_map():
+    text, truth = pairs()
+    prior = TextPrior(6, 9, "ridge")
+    with pytest.raises(RuntimeError, match="fit"):
+        prior(text)
+    prior.fit(text[:30], truth[:30])
+    assert_close(prior(text[30:]), truth[30:], rtol=1e-2, atol=1e-2)
+    again = TextPrior(6, 9, "ridge")
+    again.load_state_dict(prior.state_dict())
+    assert torch.equal(again(text), prior(text))
+
+
+def test_the_diffusion_prior_learns_and_is_reproducible():
+    text, truth = pairs()
+    state = torch.get_rng_state()
+    make = lambda: (torch.manual_seed(0), TextPrior(6, 9, depth=1, heads=2, head_dim=16, timesteps=20))[1]
+    prior, twin = make(), make()
+    torch.set_rng_state(state)
+    losses = prior.fit(text[:32], truth[:32], steps=150, lr=3e-3)
+    assert torch.equal(torch.get_rng_state(), state)
+    twin.fit(text[:32], truth[:32], steps=150, lr=3e-3)
+    said = prior(text[32:], samples=16)
+    assert torch.equal(said, twin(text[32:], samples=16)) and torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(said, prior(text[32:], samples=16, seed=1))
+    mean = truth[:32].mean(0)
+    assert sum(losses[-30:]) < 0.7 * sum(losses[:30])
+    assert F.cosine_similarity(said - mean, truth[32:] - mean).mean() > 0.5
+    error = lambda n: (prior(text[32:], samples=n) - prior(text[32:], samples=200, seed=9)).square().mean()
+    assert error(64) < error(1)  # more samples, nearer to the conditional mean
+
+
+def test_priors_refuse_what_does_not_fit():
+    text, truth = pairs()
+    prior = TextPrior(6, 9, "ridge")
+    for bad, words in [((text[:, :5], truth), r"text.*\(n, 6\)"), ((text, truth[:, :8]), r"prototypes.*\(n, 9\)"), ((text[:3], truth[:4]), "pairs"), ((text * float("nan"), truth), "finite")]:
+        with pytest.raises(ValueError, match=words):
+            prior.fit(*bad)
+    with pytest.raises(ValueError, match="diffusion"):
+        TextPrior(6, 9, "gan")
+    done = TextPrior(6, 9, depth=1, heads=1, head_dim=8, timesteps=5)
+    done.fit(text, truth, steps=1)
+    with pytest.raises(ValueError, match="samples"):
+        done(text, samples=0)
+
+
+def test_text_embeddings_by_any_encoder_or_by_open_clip(monkeypatch):
+    encode = lambda texts: torch.tensor([[float(len(t)), float(t.count("a"))] for t in texts])
+    found = text_embeddings(["bag", "coat"], encode, template="a {}")
+    assert_close(found, F.normalize(torch.tensor([[5.0, 2.0], [6.0, 2.0]]), dim=1))
+    with pytest.raises(ValueError, match="expected"):
+        text_embeddings(["bag"], lambda texts: torch.zeros(3, 2))
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    with pytest.raises(ImportError, match=r"feedback_nb\[text\]"):
+        text_embeddings(["bag"])
+
+    class Net(nn.Module):
+        def encode_text(self, tokens):
+            return tokens.float()
+
+    seen = {}
+    fake = types.ModuleType("open_clip")
+    fake.create_model = lambda name, pretrained, device: (seen.update(name=name, pretrained=pretrained), Net())[1]
+    fake.get_tokenizer = lambda name: lambda texts: torch.tensor([[len(t), 1] for t in texts])
+    monkeypatch.setitem(sys.modules, "open_clip", fake)
+    found = text_embeddings(["bag"], "ViT-B-32", pretrained="openai")
+    assert seen == {"name": "ViT-B-32", "pretrained": "openai"}
+    assert_close(found, F.normalize(torch.tensor([[float(len("a photo of a bag")), 1.0]]), dim=1))
