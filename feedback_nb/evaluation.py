@@ -211,16 +211,22 @@ def _device_words(device: str) -> str:
             return f"{os.cpu_count()} × {found[1].strip()}"
     return f"{os.cpu_count()} CPU cores"
 
-# %% ../nbs/04_evaluation.ipynb #ba9a9d90
-def _made(device: str, threads: int) -> dict:
-    "Where runs come from: code, versions, machine. `dirty` says whether the package differs from that commit."
+# %% ../nbs/04_evaluation.ipynb #5ab0398e
+def _code() -> dict:
+    "The commit of this package's own checkout, and whether the package differs from it (a file that git does not know yet is a difference too)."
+    top = _git("rev-parse", "--show-toplevel")
+    if not top or not Path(top).samefile(_package().parent):  # installed, perhaps inside some other project's repository
+        return {"commit": None, "dirty": None}
+    return {"commit": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain", "--", "."))}
+
+
+def _made(code: dict, device: str, threads: int) -> dict:
+    "Where runs come from: code, versions, machine."
     import platform
 
     import numpy
 
-    ours = _git("ls-files", "--error-unmatch", "evaluation.py") is not None  # not some other project's repository around us
-    return {"commit": _git("rev-parse", "HEAD") if ours else None, "dirty": bool(_git("status", "--porcelain", "--", ".")) if ours else None,
-            "python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__,
+    return {**code, "python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__,
             "device": _device_words(device), "threads": threads, "date": time.strftime("%Y-%m-%d")}
 
 # %% ../nbs/04_evaluation.ipynb #8120b0a7
@@ -495,6 +501,7 @@ def compare(
 
     settings, per_model, factories = dict(settings or {}), {k: dict(v) for k, v in (per_model or {}).items()}, dict(factories)
     data, seeds = _checked(factories, data, seeds, settings, per_model)
+    code = _code()  # now and not at the end of a run: by then somebody may have committed
     path = Path(results) if results is not None else None
     record = _merge(path, _plan(factories, data, seeds, settings, per_model, measure))
     done = {(row["model"], row["seed"]) for row in record["rows"]}
@@ -503,7 +510,7 @@ def compare(
         folder = {"checkpoint": Path(checkpoints) / f"{name}-{seed}"} if checkpoints else {}
         jobs.append((name, seed, factories[name], data, {**settings, **per_model.get(name, {}), **folder}, measure, fit, evaluate))
     for row, history, device, threads in tqdm(_run_all(jobs, workers), total=len(jobs), desc="runs", disable=not progress or not jobs):
-        record = _merge(path, record, row, history, _made(device, threads))
+        record = _merge(path, record, row, history, _made(code, device, threads))
     wanted = {**record, "rows": [r for r in record["rows"] if r["seed"] in seeds], "histories": [h for h in record["histories"] if h["seed"] in seeds]}
     return Comparison(wanted, list(factories), metric)
 

@@ -520,6 +520,14 @@ def _rejoin(cpu):
     distributed.init_process_group("gloo" if cpu else None, store=distributed.PrefixStore(f"attempt {attempt}", store),
                                    rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
 
+# %% ../nbs/03_training.ipynb #3be77d65
+def _warn_alone(environ):
+    """`accelerate launch --cpu` starts one process whatever number it was given; only the meeting place that it announces betrays the others."""
+    invited = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+    if environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") and "MASTER_ADDR" in environ and not any(name in environ for name in invited):
+        warnings.warn("accelerate launch was asked for several processes on the CPU and has started one alone (it leaves the others to mpirun): training goes on in this one. "
+                      "Use `torchrun --nproc-per-node 2 script.py`, or accelerate launch with --multi_gpu in place of --cpu", stacklevel=5)
+
 # %% ../nbs/03_training.ipynb #385e8397
 @contextlib.contextmanager
 def _accelerator(device, precision, tracker, folder):
@@ -532,6 +540,7 @@ def _accelerator(device, precision, tracker, folder):
         raise ValueError(f"tracker={tracker!r} needs a place for its files: give fit a checkpoint= folder, or pass a tracker object of accelerate")
     if precision not in (None, "no", "bf16", "fp16"):
         raise ValueError(f"precision must be None, 'bf16' or 'fp16', got {precision!r}")
+    _warn_alone(os.environ)
     device = torch.device(device) if device is not None else None
     cpu = device.type == "cpu" if device is not None else not torch.accelerator.is_available()
     if precision == "fp16" and cpu:
@@ -1012,7 +1021,8 @@ def fit(
 ) -> History:  # one row per epoch
     """Train a model, on whatever devices and processes there are, so that it can be stopped at any moment and go on as if it had not been."""
     o = SimpleNamespace(**locals())
+    o.precision = precision or os.environ.get("ACCELERATE_MIXED_PRECISION")  # what accelerate launch --mixed_precision asks for
     _check_options(o)
-    with _accelerator(device, precision, tracker, checkpoint) as accelerator, kept_random_state(accelerator.device), kept_modes(model):
+    with _accelerator(device, o.precision, tracker, checkpoint) as accelerator, kept_random_state(accelerator.device), kept_modes(model):
         with _locked(checkpoint if accelerator.is_main_process else None):
             return _guarded(_prepare(o, accelerator))

@@ -380,28 +380,33 @@ def idx(array):
 
 
 @pytest.fixture
-def mnist_files(monkeypatch):
-    "A tiny Fashion-MNIST with torchvision told its sums."
-    from torchvision.datasets import FashionMNIST
+def mnist_files(monkeypatch): return idx_files(monkeypatch, "FashionMNIST")
+
+
+def idx_files(monkeypatch, family):
+    "A tiny MNIST or heir with torchvision told its sums."
+    import torchvision
     rng, files = np.random.default_rng(0), {}
     for split, n in (("train", 12), ("t10k", 5)):
         files[f"{split}-images-idx3-ubyte.gz"] = gzip.compress(idx(rng.integers(0, 256, (n, 28, 28))), mtime=0)
         files[f"{split}-labels-idx1-ubyte.gz"] = gzip.compress(idx(rng.integers(0, 10, n)), mtime=0)
-    monkeypatch.setattr(FashionMNIST, "resources", [(f, hashlib.md5(b).hexdigest()) for f, b in files.items()])
+    monkeypatch.setattr(getattr(torchvision.datasets, family), "resources", [(f, hashlib.md5(b).hexdigest()) for f, b in files.items()])
     return files
 
 
-def test_idx_files_are_read_as_torchvision_reads_them(tmp_path, mnist_files):
-    from torchvision.datasets import FashionMNIST
-    write_tree(tmp_path / "zipped" / "FashionMNIST" / "raw", mnist_files)
-    write_tree(tmp_path / "plain" / "FashionMNIST" / "raw", {f[:-3]: gzip.decompress(b) for f, b in mnist_files.items()})
+@pytest.mark.parametrize(("name", "family"), [("mnist", "MNIST"), ("fashion-mnist", "FashionMNIST"), ("kuzushiji-mnist", "KMNIST")])
+def test_idx_files_are_read_as_torchvision_reads_them(tmp_path, monkeypatch, name, family):
+    import torchvision
+    files = idx_files(monkeypatch, family)
+    write_tree(tmp_path / "zipped" / family / "raw", files)
+    write_tree(tmp_path / "plain" / family / "raw", {f[:-3]: gzip.decompress(b) for f, b in files.items()})
     for split in ("train", "test"):
-        oracle = FashionMNIST(tmp_path / "plain", train=split == "train", download=False)
+        oracle = getattr(torchvision.datasets, family)(tmp_path / "plain", train=split == "train", download=False)
         for folder in ("zipped", "plain"):
-            d = load("fashion-mnist", split, root=tmp_path / folder)
+            d = load(name, split, root=tmp_path / folder)
             torch.testing.assert_close(d.x[:, 0], oracle.data)
             torch.testing.assert_close(d.y, oracle.targets)
-            assert list(d.classes) == oracle.classes
+            assert list(d.classes) == [c.split(" - ")[-1] for c in oracle.classes]     # torchvision says "0 - zero"
 
 
 def test_wrong_md5_is_refused_and_named(tmp_path, mnist_files, cache):
@@ -967,9 +972,10 @@ def test_imagenet_must_have_its_thousand_folders(tmp_path):
     with pytest.raises(RuntimeError, match="2 classes, expected 1000"): load("imagenet", root=tmp_path)
 
 
-def test_imagenet_with_a_thousand_folders(tmp_path):
+@pytest.mark.parametrize("layout", [".", "imagenet", "ILSVRC/Data/CLS-LOC"])
+def test_imagenet_with_a_thousand_folders(tmp_path, layout):
     image = encoded(np.full((30, 40, 3), 90, np.uint8))
-    write_tree(tmp_path / "val", {f"n{i:08}/a.JPEG": image for i in [*range(999), 1440764]})
+    write_tree(tmp_path / layout / "val", {f"n{i:08}/a.JPEG": image for i in [*range(999), 1440764]})
     d = load("imagenet", "test", root=tmp_path, size=8)
     assert len(d) == 1000 and d.classes[0] == "tench" and d.split == "test"
     x, y = d.__getitems__([0, 999])

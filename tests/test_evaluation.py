@@ -2,10 +2,12 @@
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import types
 import warnings
@@ -113,6 +115,7 @@ def test_significance_pairs_by_seed_not_by_order():
     assert table.loc["new", "pairs"] == 3 and table.loc["new", "n"] == 3 and table.loc["base", "n"] == 4
     assert table.loc["new", "t"] == pytest.approx(expected.t) and table.loc["new", "difference"] == pytest.approx(0.75)
     assert "p_holm" not in table
+    assert significance({"base": {0: 1.0, 1: 2.0, 2: 4.0}, "new": {1: 2.5, 2: 4.25, 3: 9.0}}, "base").loc["new", "pairs"] == 2  # seeds that both have
 
 
 def test_significance_corrects_for_several_models_and_shows_lone_runs():
@@ -232,6 +235,27 @@ def test_two_writers_and_a_kill_9_leave_a_whole_file(tmp_path):
     assert len(resumed.frame) == 40 and resumed.scores("a") == resumed.scores("b")
 
 
+def test_a_second_writer_waits_until_the_first_has_written(tmp_path, monkeypatch):
+    pytest.importorskip("fcntl")
+    file, write, reading = tmp_path / "runs.json", ev._write, threading.Event()
+
+    def slow(path, record):
+        if not reading.is_set():
+            reading.set()
+            time.sleep(0.5)  # whoever does not wait reads the old file now, and loses a row
+        write(path, record)
+
+    monkeypatch.setattr(ev, "_write", slow)
+    record = {"format": ev._FORMAT, "made": [], "data": {}, "settings": {}, "models": {}, "rows": [], "histories": []}
+    run = lambda model: ev._merge(file, record, {"model": model, "seed": 0}, {"model": model, "seed": 0}, {"date": "today"})
+    first = threading.Thread(target=run, args=("a",))
+    first.start()
+    assert reading.wait(60)
+    run("b")
+    first.join()
+    assert sorted(row["model"] for row in json.loads(file.read_text())["rows"]) == ["a", "b"]
+
+
 def test_runs_in_other_processes_are_the_same_runs(tmp_path):
     models = {"a": net, "b": lambda: nn.Sequential(net(), nn.Tanh())}  # also functions that cannot be imported
     one, two = quick(models, DATA, range(2)), quick(models, DATA, range(2), workers=2, results=tmp_path / "two.json")
@@ -271,6 +295,44 @@ def test_a_results_file_is_readable_and_says_nothing_of_the_machine(tmp_path):
     file.write_text('{"accuracy": 1}')
     with pytest.raises(ValueError, match="not a results file"):
         recorded(file)
+
+
+def test_a_run_names_the_commit_of_its_own_code_and_says_when_the_code_differs(tmp_path, monkeypatch):
+    if not shutil.which("git"):
+        pytest.skip("needs git")
+    package = tmp_path / "checkout" / "feedback_nb"
+    package.mkdir(parents=True)
+    (package / "evaluation.py").write_text("1")
+
+    def git(*words):
+        named = ["-c", "user.name=n", "-c", "user.email=e@example.org", "-c", "commit.gpgsign=false"]
+        return subprocess.run(["git", *named, *words], cwd=package.parent, check=True, capture_output=True, text=True).stdout.strip()
+
+    monkeypatch.setattr(ev, "_package", lambda: package)
+    assert ev._code() == {"commit": None, "dirty": None}  # no repository
+    git("init")
+    (package.parent / "README").write_text("r")
+    git("add", "README")
+    git("commit", "-m", "first")
+    assert ev._code() == {"commit": git("rev-parse", "HEAD"), "dirty": True}  # the package is not in it yet
+    git("add", ".")
+    git("commit", "-m", "second")
+    (package.parent / "notes").write_text("outside the package")
+    assert ev._code() == {"commit": git("rev-parse", "HEAD"), "dirty": False}
+
+    def commits_meanwhile(model, data, **options):
+        (package / "evaluation.py").write_text("2")
+        git("commit", "-am", "third")
+        return quick_fit(model, data, **options)
+
+    before = git("rev-parse", "HEAD")
+    made = compare({"a": net}, DATA, [0], progress=False, fit=commits_meanwhile, evaluate=quick_test).record["made"]
+    assert git("rev-parse", "HEAD") != before and [m["commit"] for m in made] == [before]
+
+    inside = package.parent / "venv" / "site-packages" / "feedback_nb"  # installed in an environment inside another project
+    inside.mkdir(parents=True)
+    monkeypatch.setattr(ev, "_package", lambda: inside)
+    assert ev._code() == {"commit": None, "dirty": None}
 
 
 def test_recorded_finds_results_above_and_says_what_there_is(tmp_path, monkeypatch):

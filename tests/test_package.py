@@ -21,6 +21,9 @@ MAY_IMPORT = {
     "training": {"feedback", "fixed_points"},
     "evaluation": {"feedback", "fixed_points"},
     "plots": {"feedback"},
+    "unet": {"feedback", "fixed_points", "data", "training", "evaluation", "plots"},
+    "lrm": {"feedback", "fixed_points", "data", "training", "evaluation", "plots"},
+    "steering": {"lrm", "feedback", "fixed_points", "data", "training", "evaluation", "plots"},
     "cbl": {"feedback", "fixed_points", "data", "training", "evaluation", "plots"},
 }
 LIGHT = "torchvision torchaudio pandas matplotlib sklearn scipy accelerate safetensors captum tqdm IPython PIL".split()
@@ -95,6 +98,30 @@ CONTRACT = {
     "training": {
         "fit": ["model", "data", "epochs", "lr", "optimizer", "schedule", "loss", "augment", "seed", "precision", "compile", "checkpoint", "resume", "callbacks", "tracker"],
         "evaluate": ["model", "data"],
+    },
+    "unet": {
+        "UNet": [],
+        "FeedbackLoop": ["body", "head", "state", "feedback", "steps", "tau", "decay", "softmax"],
+        "FeedbackUNet": ["in_channels", "n_classes", "channels", "state"],
+        "ExponentialDecay": [],
+    },
+    "lrm": {
+        "Connection": ["source", "destination"],
+        "LRM": ["backbone", "connections", "example", "steps", "motif", "mode"],
+        "alexnet_lrm": ["level"],
+        "load_published": ["model", "state_dict"],
+    },
+    "steering": {
+        "Steer": ["source", "vector", "gain", "blend", "from_first_pass"],
+        "one_hot": [],
+        "instance": ["model"],
+        "prototype": ["model"],
+        "contrast": [],
+        "TextPrior": [],
+        "overlay": ["a", "b"],
+        "side_by_side": ["a", "b"],
+        "triplets": [],
+        "a_prime": ["hits", "false_alarms"],
     },
     "evaluation": {"compare": ["factories", "data", "seeds"], "cost": ["model", "example"], "noise_curve": [], "fgsm_curve": [], "pgd_curve": []},
 }

@@ -14,10 +14,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from bs4 import BeautifulSoup
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
-from feedback_nb.plots import COLORS, LINES, MARKERS, animate, learning_curves, sliders, use_style
+from feedback_nb.fixed_points import iterate
+from feedback_nb.plots import COLORS, LINES, MARKERS, animate, beside_paper, curves, image_grid, learning_curves, pca_trajectory, sliders, use_style
 
 
 @pytest.fixture(autouse=True)
@@ -133,6 +137,25 @@ def test_a_figure_that_grows_too_large_is_stopped_early():
     (lambda: learning_curves({"cbl": []}), "'cbl' has no runs"),
     (lambda: learning_curves({"cbl": pd.DataFrame({"epoch": [1], "loss": [2.0]})}, y="los"), "did you mean 'loss'"),
     (lambda: learning_curves({"cbl": [pd.DataFrame({"epoch": e, "l": [1.0, 2.0]}) for e in ([1, 2], [1, 3])]}, y="l"), "do not share 'epoch'"),
+    (lambda: curves({}, x="sigma"), "no runs"),
+    (lambda: curves({"cbl": pd.DataFrame({"severity": [1, 1], "accuracy": [0.5, 0.6]})}, x="severity"), "twice"),
+    (lambda: pca_trajectory([]), "one tensor"),
+    (lambda: pca_trajectory(torch.zeros(3, 4)), r"one tensor \(B, …\)"),
+    (lambda: pca_trajectory([torch.zeros(3, 4), torch.zeros(2, 4)]), r"\(2, 4\)"),
+    (lambda: pca_trajectory([torch.zeros(3, 4), torch.full((3, 4), torch.inf)]), "step 1 are not finite"),
+    (lambda: pca_trajectory(torch.zeros(3, 4, 5), labels=[0, 1]), "4 examples need as many labels, got 2"),
+    (lambda: pca_trajectory(torch.zeros(3, 4, 5), upto=3), "between 0 and 2, got 3"),
+    (lambda: image_grid([]), "no pictures"),
+    (lambda: image_grid(torch.zeros(2, 2, 8, 8)), r"\(2, 8, 8\)"),
+    (lambda: image_grid(torch.full((2, 8, 8), 1.5)), "beyond limits 0 … 1"),
+    (lambda: image_grid(torch.full((2, 8, 8), torch.nan)), "beyond limits"),
+    (lambda: image_grid(torch.zeros(3, 8, 8), titles=["a"]), "expected 3 titles, got 1"),
+    (lambda: image_grid(torch.zeros(3, 8, 8), columns=2, rows=["a"]), "expected 2 rows, got 1"),
+    (lambda: image_grid(torch.zeros(3, 8, 8), columns=0), "columns"),
+    (lambda: beside_paper({"a": {"paper": 1}}), "without its source"),
+    (lambda: beside_paper({"a": {"papers": 1}}), "unknown key 'papers'"),
+    (lambda: beside_paper({"a": {"here": []}}), "at least one"),
+    (lambda: beside_paper({"a": {"here": [1.0, float("inf")]}}), "all finite"),
 ])
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
@@ -158,3 +181,110 @@ def test_learning_curves_take_anything_with_a_frame():
     ax = learning_curves({"one": History(), "list": [History(), History()]}, y="train_loss")
     assert [line.get_label() for line in ax.lines] == ["one (1 seed)", "list (2 seeds)"]
     assert len(ax.collections) == 1, "one seed has no interval"
+
+
+def test_every_plotting_function_draws_on_the_axes_it_is_given():
+    frame = pd.DataFrame({"epoch": [1, 2], "valid_accuracy": [0.1, 0.2]})
+    drawn = {
+        curves: ({"a": frame}, {"x": "epoch", "y": "valid_accuracy"}), learning_curves: ({"a": frame}, {}),
+        pca_trajectory: (torch.rand(3, 4, 5), {}), image_grid: (torch.rand(2, 8, 8), {}),
+    }
+    for function, (data, options) in drawn.items():
+        fig, ax = plt.subplots()
+        assert function(data, ax=ax, **options) is ax
+        assert plt.get_fignums() == [fig.number], f"{function.__name__} opened a figure of its own"
+        plt.close(fig)
+        assert function(data, **options).figure.number in plt.get_fignums()
+        plt.close("all")
+
+
+def test_curves_read_the_tables_that_the_tools_return():
+    from feedback_nb.evaluation import Comparison, noise_curve
+
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))
+    data = torch.rand(20, 1, 4, 4), torch.arange(20) % 3
+    noisy = noise_curve(net, data, [0.0, 0.2])
+    ax = curves({"net": [noisy, noisy]}, x="sigma")
+    np.testing.assert_allclose(ax.lines[0].get_ydata(), 100 * noisy["accuracy"])
+    assert ax.get_xlabel().startswith("noise σ") and ax.get_ylabel() == "accuracy (%)"
+
+    rows = [{"model": "cbl", "seed": s, "accuracy": 0.5, "accuracy_per_step": [0.3, 0.5 + s / 10]} for s in (0, 1)]
+    steps = Comparison({"rows": rows, "histories": []}, ["cbl"]).per_step("cbl")
+    ax = curves({"cbl": steps}, x="step")
+    np.testing.assert_allclose(ax.lines[0].get_ydata(), [30, 55])
+    assert ax.lines[0].get_label() == "cbl (2 seeds)" and ax.get_xlabel() == "step t"
+    assert curves({"a": pd.DataFrame({"sigma": [0, 1], "accuracy_2": [0, 1]})}, x="sigma", y="accuracy_2").get_ylabel() == "accuracy at step 2 (%)"
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6), steps=st.integers(2, 6), batch=st.integers(2, 5), wide=st.integers(2, 20))
+def test_the_plane_of_a_trajectory_does_not_depend_on_the_axes_of_the_space(seed, steps, batch, wide):
+    torch.manual_seed(seed)
+    h = torch.randn(steps, batch, wide, dtype=torch.float64) * torch.logspace(1, -1, wide, dtype=torch.float64)
+    turn = torch.linalg.qr(torch.randn(wide, wide, dtype=torch.float64)).Q
+    distances = []
+    for states in (h, h @ turn + 7):
+        ax = pca_trajectory(states)
+        ways = torch.tensor(np.stack([line.get_xydata() for line in ax.lines]))  # (B, T + 1, 2)
+        distances.append(torch.cdist(ways.flatten(0, 1), ways.flatten(0, 1)))
+        plt.close(ax.figure)
+    torch.testing.assert_close(*distances, atol=1e-6, rtol=1e-6)
+    full = h.transpose(0, 1).flatten(0, 1)
+    assert (distances[0] <= torch.cdist(full, full) + 1e-6).all(), "a projection makes no distance longer"
+
+
+def test_a_trajectory_in_a_plane_is_found_whole_and_shown_step_by_step_in_one_frame():
+    turn = torch.tensor([[0.0, -1.0], [1.0, 0.0]])
+    spiral = iterate(lambda h: torch.cat([h[:, :2] @ turn * 0.9, 0 * h[:, 2:]], 1), torch.tensor([[2.0, 0, 0], [0, 1, 0]]), steps=4)
+    ax = pca_trajectory(spiral, labels=torch.tensor([3, 1]))
+    shares = [float(re.search(r"\((\d+) %", text).group(1)) for text in (ax.get_xlabel(), ax.get_ylabel())]
+    assert abs(sum(shares) - 100) <= 1
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["1", "3"]
+    radii = np.linalg.norm(np.diff(ax.lines[1].get_xydata(), axis=0), axis=1)
+    np.testing.assert_allclose(radii[1:] / radii[:-1], 0.9, rtol=1e-5)
+    first = pca_trajectory(spiral, labels=[3, 1], upto=1)
+    assert first.get_xlim() == ax.get_xlim() and first.get_ylim() == ax.get_ylim()
+    np.testing.assert_allclose(first.lines[1].get_xydata(), ax.lines[1].get_xydata()[:2])
+
+
+def test_a_trajectory_that_stands_still_is_drawn_without_a_warning():
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ax = pca_trajectory(torch.ones(3, 2, 1))
+    assert "0 %" in ax.get_xlabel() and np.isfinite(ax.lines[0].get_xydata()).all()
+
+
+def test_pictures_share_one_range_and_keep_their_values():
+    images = torch.stack([torch.full((1, 4, 6), v) for v in (0.0, 0.25, 1.0)])
+    ax = image_grid(images, columns=2, titles=["a", "b", "c"], rows=["up", "down"])
+    assert [np.asarray(tile.get_array()).mean() for tile in ax.images] == [0.0, 0.25, 1.0]
+    assert {tile.get_clim() for tile in ax.images} == {(0, 1)}
+    assert [text.get_text() for text in ax.texts] == ["a", "b", "c", "up", "down"]
+    boxes = [tile.get_extent() for tile in ax.images]
+    assert boxes[0][2:] == boxes[1][2:] and boxes[1][0] >= boxes[0][1] and boxes[2][3] >= boxes[0][2], "two beside each other, the third below"
+    low, high = sorted(ax.get_ylim())
+    assert all(ax.get_xlim()[0] <= b[0] and b[1] <= ax.get_xlim()[1] and low <= b[3] and b[2] <= high for b in boxes), "nothing is cut off"
+
+
+def test_bytes_colours_and_signed_maps():
+    colour = torch.zeros(3, 2, 2, dtype=torch.uint8)
+    colour[0] = 255
+    np.testing.assert_array_equal(image_grid([colour]).images[0].get_array()[0, 0], [1, 0, 0])
+    signed = image_grid([torch.tensor([[-2.0, 0.0, 2.0]])], limits=(-2, 2), cmap="PuOr").images[0]
+    np.testing.assert_allclose(signed.get_array(), [[0, 0.5, 1]])
+    mixed = image_grid([torch.rand(3, 4, 4), torch.rand(6, 2)])
+    assert [np.asarray(tile.get_array()).shape for tile in mixed.images] == [(4, 4, 3), (6, 2)]
+
+
+def test_the_paper_beside_what_was_measured():
+    from scipy.stats import ttest_1samp
+
+    here = [81.0, 82.5, 83.1, 80.2]
+    table = beside_paper({"CNN (%)": {"paper": "80.60", "here": dict(enumerate(here)), "source": "Table 2"}, "CBL": {"here": 1.25}, "ViT": {"paper": 82, "source": "Table 3"}}, digits=2)
+    interval = ttest_1samp(here, 0).confidence_interval(0.95)
+    assert table.columns.tolist() == ["paper", "here", "n seeds", "source"]
+    assert table.loc["CNN (%)"].tolist() == ["80.60", f"{np.mean(here):.2f} ± {(interval.high - interval.low) / 2:.2f}", 4, "Table 2"]
+    assert table.loc["CBL"].tolist() == ["not given", "1.25", 1, ""]
+    assert table.loc["ViT"].tolist() == ["82", "not measured", "–", "Table 3"]

@@ -331,7 +331,7 @@ def test_averaged_weights_follow_the_definition_and_are_what_is_validated(tmp_pa
     assert_same(other, model)
 
 
-def test_bf16_trains_float32_weights_and_fp16_is_refused_on_a_cpu():
+def test_bf16_trains_float32_weights_and_fp16_is_refused_on_a_cpu(monkeypatch):
     model = build(Loop)
     history = run(model, precision="bf16", epochs=3)
     assert all(p.dtype == torch.float32 for p in model.parameters())
@@ -339,6 +339,13 @@ def test_bf16_trains_float32_weights_and_fp16_is_refused_on_a_cpu():
     assert "forward" not in vars(model)
     with pytest.raises(ValueError, match="bf16"):
         run(build(), precision="fp16")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # what accelerate launch --mixed_precision sets
+    asked = build(Loop)
+    run(asked, epochs=3)
+    assert_same(asked, model)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(ValueError, match="fp16.*needs a GPU"):
+        run(build())
     with pytest.raises(ValueError, match="precision"):
         run(build(), precision="float8")
 
@@ -431,6 +438,76 @@ def test_tensorboard_gets_the_rows(tmp_path):
         run(build(), tracker="tensorboard")
     with pytest.raises(ValueError, match="no-such-tracker"):
         run(build(), checkpoint=tmp_path, tracker="no-such-tracker")
+
+
+def test_a_tracker_object_of_accelerate_is_passed_through():
+    from accelerate.tracking import GeneralTracker
+
+    class Notes(GeneralTracker):
+        name, requires_logging_directory = "notes", False
+
+        def __init__(self):
+            self.config, self.logged, self.finished = None, [], False
+            super().__init__()
+
+        @property
+        def tracker(self):
+            return self.logged
+
+        def store_init_configuration(self, values):
+            self.config = values
+
+        def log(self, values, step):
+            self.logged.append((step, values))
+
+        def finish(self):
+            self.finished = True
+
+    notes = Notes()
+    history = run(build(), tracker=notes)
+    assert notes.config["batch_size"] == 16 and notes.finished
+    assert [(step, values["valid_loss"]) for step, values in notes.logged] == [(row["epoch"], row["valid_loss"]) for row in history.rows]
+
+
+class Painter(FeedbackModel):
+    """(B, 1, H, W) -> a class for each pixel (B, 2, H, W), or with `whole` one for the picture (B, 2)."""
+
+    def __init__(self, whole=False, steps=2):
+        super().__init__(steps=steps)
+        self.a, self.b, self.c, self.whole = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 2, 1), nn.Conv2d(2, 4, 1), whole
+
+    def start(self, x, *, states=False):
+        h = torch.relu(self.a(x))
+        return State(h, self.b(h))
+
+    def step(self, x, state):
+        h = torch.relu(self.a(x) + self.c(state.y))
+        return State(h, self.b(h))
+
+    def trajectory(self, x, **options):
+        found = super().trajectory(x, **options)
+        if self.whole:
+            found.outputs = [y.mean((2, 3)) for y in found.outputs]
+        return found
+
+
+def test_masks_and_spectrograms_train_with_a_loss_at_every_step():
+    x = torch.rand(24, 1, 8, 10, generator=torch.Generator().manual_seed(0))  # a picture, or 8 bands of a sound at 10 times
+    masks, loud = (x[:, 0] > 0.5).long(), (x.mean((1, 2, 3)) > 0.5).long()
+    share = lambda output, target: output.argmax(1).float().mean((1, 2))  # (B,)
+    painter, listener = build(Painter), build(Painter, whole=True)
+    data = TensorDataset(x, masks)
+    with torch.no_grad():
+        by_hand = torch.stack([F.cross_entropy(y, masks) for y in painter.trajectory(x).outputs]).mean().item()
+        right = (painter(x).argmax(1) == masks).float().mean().item()
+    history = run(painter, (data, data), batch_size=24, epochs=30, lr=3e-2, metrics={"share": share})
+    assert history.rows[0]["train_loss"] == pytest.approx(by_hand, abs=1e-6) and history.rows[0]["train_accuracy"] == pytest.approx(right, abs=1e-6)
+    assert history.rows[-1]["valid_accuracy"] > 0.9 > history.rows[0]["valid_accuracy"]
+    scores = evaluate(painter, data, metrics={"share": share}, batch_size=7)
+    assert [row["step"] for row in scores["per_step"]] == [0, 1, 2]
+    assert scores["share"] == pytest.approx(painter(x).argmax(1).float().mean().item(), abs=1e-6)
+    history = run(listener, (TensorDataset(x, loud), TensorDataset(x, loud)), batch_size=24, epochs=2)
+    assert history.rows[1]["train_loss"] < history.rows[0]["train_loss"] and len(evaluate(listener, TensorDataset(x, loud))["per_step"]) == 3
 
 
 # ── evaluate ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -871,6 +948,60 @@ def test_two_processes_do_what_one_does_and_survive_a_death(tmp_path):
         assert [row["epoch"] for row in two[name]] == [row["epoch"] for row in one[name]]
         for mine, theirs in zip(one[name], two[name]):
             assert theirs == pytest.approx(mine, abs=2e-5, nan_ok=True), name
+
+
+def test_after_a_restart_processes_meet_under_a_name_of_their_own():
+    code = """if True:
+        import os
+        from torch import distributed
+        from feedback_nb import training
+        server = distributed.TCPStore("127.0.0.1", 0, is_master=True)  # torchrun's, which outlives the processes
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(server.port), RANK="0", WORLD_SIZE="1", TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="1")
+        with training._accelerator("cpu", None, None, None) as accelerator:
+            print(accelerator.num_processes, distributed.is_initialized(), {key.split("/")[0] for key in server.list_keys()} if hasattr(server, "list_keys") else {"attempt 1"})
+        distributed.destroy_process_group()
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+    assert done.stdout.strip() == "1 True {'attempt 1'}", done.stdout + done.stderr[-4000:]
+
+
+LAUNCHED = '''
+import json, os, sys
+sys.path.insert(0, sys.argv[2])
+import torch
+torch.set_num_threads(1)
+from test_training import Loop, build, rows, run
+def train(file):
+    history = rows(run(build(Loop, seed=int(os.environ.get("RANK", 0))), batch_size=15))
+    if int(os.environ.get("RANK", 0)) == 0:
+        json.dump([history, os.environ.get("WORLD_SIZE")], open(file, "w"))
+if __name__ == "__main__" and sys.argv[3:] == ["notebook"]:
+    import socket
+    from accelerate import notebook_launcher
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0)); port = str(free.getsockname()[1])
+    notebook_launcher(train, (sys.argv[1],), num_processes=2, use_port=port)
+else:
+    train(sys.argv[1])
+'''
+
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
+MANY = [*LAUNCH, "--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
+
+
+@pytest.mark.parametrize("launcher, mode, world", [(MANY, [], "2"), ([sys.executable], ["notebook"], "2"), ([*LAUNCH, "--cpu", "--num_processes=2"], [], None)],
+                         ids=["accelerate launch", "notebook_launcher", "accelerate launch --cpu"])
+def test_every_launcher_gives_the_loss_curve_of_one_process(tmp_path, launcher, mode, world):
+    (tmp_path / "script.py").write_text(LAUNCHED)
+    env = {**{k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC", "ACCELERATE"))}, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    args = [str(tmp_path / "script.py"), str(tmp_path / "out.json"), str(ROOT / "tests"), *mode]
+    done = subprocess.run(launcher + args, capture_output=True, text=True, cwd=ROOT, env=env, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    history, processes = json.loads((tmp_path / "out.json").read_text())
+    assert processes == world
+    assert ("has started one alone" in done.stderr) == (world is None), done.stderr[-4000:]
+    for mine, theirs in zip(rows(run(build(Loop), batch_size=15)), history, strict=True):
+        assert theirs == pytest.approx(mine, abs=2e-5, nan_ok=True)
 
 
 # ── housekeeping ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
