@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .feedback import FeedbackModel, stepwise_loss
 
@@ -636,15 +636,36 @@ def _milliseconds(steps: Mapping[str, Callable], rounds: int, seconds: float) ->
             times[name].append(timer.timeit(max(1, int(seconds / rounds / max(once[name], 1e-9)))).median)
     return {name: 1000 * sorted(t)[len(t) // 2] for name, t in times.items()}
 
+# %% ../nbs/04_evaluation.ipynb #f10b5ade
+def _flops(model: nn.Module, x) -> float:
+    "FLOPs of a forward pass, counted on the meta device: torch's fused kernels for attention, encoder layers and LSTMs are unknown to the counter and would count as nothing."
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def count(net, batch):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            net.eval()(batch)
+        return counter.get_total_flops()
+
+    try:
+        return count(copy.deepcopy(model).to("meta"), tree_map(lambda leaf: leaf.to("meta") if torch.is_tensor(leaf) else leaf, x))
+    except (RuntimeError, NotImplementedError, ValueError):  # what it computes depends on the data (halting by `tol`)
+        pass
+    if any(isinstance(m, nn.RNNBase) for m in model.modules()):
+        warnings.warn("the FLOPs of recurrent layers are not counted where a model cannot run on the meta device; take mflops as a lower bound", stacklevel=4)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            return count(model, x)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
 # %% ../nbs/04_evaluation.ipynb #9adfad56
 def _static_cost(model: nn.Module, x, loss: Callable, train: bool) -> dict:
     "What needs no clock: parameters, FLOPs for one example, megabytes."
-    from torch.utils.flop_counter import FlopCounterMode
-
     batch = tree_leaves(x)[0]
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.eval()(x)
-    row = {"parameters": sum(p.numel() for p in model.parameters()), "mflops": counter.get_total_flops() / len(batch) / 1e6}
+    row = {"parameters": sum(p.numel() for p in model.parameters()), "mflops": _flops(model, x) / len(batch) / 1e6}
     if train:
         model.train()
         step = _training_step(model, x, loss)

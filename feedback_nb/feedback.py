@@ -6,7 +6,7 @@
 __all__ = ['find_layers', 'Taps', 'tap', 'edit', 'layer_shapes', 'Splice', 'Call', 'trace_calls', 'settled_before', 'State',
            'relative_change', 'FeedbackModel', 'find_non_finite', 'step_weights', 'stepwise_loss', 'Trajectory']
 
-# %% ../nbs/01_feedback.ipynb #f021f77f
+# %% ../nbs/01_feedback.ipynb #16f828f3
 import difflib
 import threading
 from contextlib import contextmanager
@@ -19,10 +19,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .fixed_points import Trajectory
 
-# %% ../nbs/01_feedback.ipynb #e96de243
+# %% ../nbs/01_feedback.ipynb #989428ef
 _all_ = ["Trajectory"]
 
-# %% ../nbs/01_feedback.ipynb #494ba6cd
+# %% ../nbs/01_feedback.ipynb #5aa66e61
 def find_layers(
     net: nn.Module,  # the network
     names: "list[str] | tuple[str, ...] | str",  # dotted names as `net.named_modules()` spells them
@@ -39,7 +39,7 @@ def find_layers(
         raise ValueError(f"a layer is named twice in {names}; name each layer once")
     return {name: layers[name] for name in names}
 
-# %% ../nbs/01_feedback.ipynb #9a3fc30f
+# %% ../nbs/01_feedback.ipynb #749dd4a2
 class Taps(dict):
     """Recorded outputs: `taps[name]` is the output of the last call, `taps.calls[name]` the list of all calls."""
 
@@ -85,7 +85,7 @@ def _hooked(net, fns):
         for handle in handles:
             handle.remove()
 
-# %% ../nbs/01_feedback.ipynb #8f195ec2
+# %% ../nbs/01_feedback.ipynb #cdd05fd1
 @contextmanager
 def tap(
     net: nn.Module,  # the network to look into
@@ -105,7 +105,7 @@ def tap(
     with _hooked(net, {name: recorder(name) for name in names}):
         yield seen
 
-# %% ../nbs/01_feedback.ipynb #b30c5fe3
+# %% ../nbs/01_feedback.ipynb #72be6dc7
 @contextmanager
 def edit(
     net: nn.Module,  # the network to change
@@ -115,7 +115,7 @@ def edit(
     with _hooked(net, fns):
         yield net
 
-# %% ../nbs/01_feedback.ipynb #c1eddee0
+# %% ../nbs/01_feedback.ipynb #da5d098d
 @contextmanager
 def _at_rest(net):
     """Eval mode and no gradients inside the block; every module's own mode is put back after it."""
@@ -144,7 +144,7 @@ def layer_shapes(
                 raise ValueError(f"layer {name!r} did not run in the forward pass of this example; choose a layer that does: {list(seen)[:5]}")
     return {name: tree_map(lambda leaf: leaf.shape if torch.is_tensor(leaf) else leaf, output) for name, output in seen.items()}
 
-# %% ../nbs/01_feedback.ipynb #87056ad8
+# %% ../nbs/01_feedback.ipynb #f86d389c
 class _Switch:
     """Stands in for the `forward` of one layer: passes on, or asks the handler of the running pass."""
 
@@ -164,7 +164,12 @@ class _Switch:
         handler, counts = running
         k = counts.get(self.name, 0)
         counts[self.name] = k + 1
-        return handler(self.name, k, lambda: self.forward(*args, **kwargs))
+
+        def compute(change=lambda args, kwargs: (args, kwargs)):
+            new_args, new_kwargs = change(args, kwargs)
+            return self.forward(*new_args, **new_kwargs)
+
+        return handler(self.name, k, compute)
 
 
 class Splice:
@@ -205,7 +210,7 @@ class Splice:
 def _fresh_splice():
     return Splice.__new__(Splice)._fresh()
 
-# %% ../nbs/01_feedback.ipynb #9f5639ca
+# %% ../nbs/01_feedback.ipynb #11861d18
 class Call(NamedTuple):
     """One call of one layer in a forward pass."""
 
@@ -240,7 +245,7 @@ def trace_calls(
         try:
             handles = [m.register_forward_pre_hook(writes) for m in net.modules() if getattr(m, "inplace", False)]
             output = net(example)
-        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
             shape = tuple(example.shape) if torch.is_tensor(example) else type(example).__name__
             raise ValueError(f"the network ({type(net).__name__}) does not take the example of shape {shape}: {error}. Pass one batch as the network takes it") from error
         finally:
@@ -263,7 +268,7 @@ def settled_before(
     inside = lambda child: child.startswith(name + ".") or any(child.startswith(parent + ".") for parent in done)
     return [child for child in dict.fromkeys(n for n, _ in order) if child in done and not inside(child)]
 
-# %% ../nbs/01_feedback.ipynb #95485e62
+# %% ../nbs/01_feedback.ipynb #dc0be02d
 class State(NamedTuple):
     """What goes into a step and comes out of it."""
 
@@ -271,7 +276,7 @@ class State(NamedTuple):
     y: Any  # the output they lead to, (B, C) or (B, C, H, W)
     memo: Any = None  # what the plain pass left for the steps to reuse; not part of the iterated state
 
-# %% ../nbs/01_feedback.ipynb #b837f83a
+# %% ../nbs/01_feedback.ipynb #92829094
 def _per_example(tree):
     """Squared L2 norm of every example over all leaves, (B,), in float32 at least."""
     leaves = [leaf.detach().flatten(1) for leaf in tree_leaves(tree) if torch.is_tensor(leaf)]
@@ -287,7 +292,7 @@ def relative_change(
     moved = _per_example(tree_map(lambda a, b: a.detach() - b.detach(), new, old)).sqrt()
     return moved / _per_example(new).sqrt().clamp_min(torch.finfo(moved.dtype).tiny)
 
-# %% ../nbs/01_feedback.ipynb #481bc104
+# %% ../nbs/01_feedback.ipynb #485e51db
 def _keep(active, new, old):
     """`new` where an example is active, `old` where it has settled."""
     pick = lambda a, b: torch.where(active.view(-1, *[1] * (a.dim() - 1)), a, b) if torch.is_tensor(a) else a
@@ -299,7 +304,7 @@ def _check_steps(steps):
         raise ValueError(f"steps must be a whole number ≥ 0 (0 is the plain feed-forward pass), got {steps!r}")
     return steps
 
-# %% ../nbs/01_feedback.ipynb #a5e66fe4
+# %% ../nbs/01_feedback.ipynb #8c52fb69
 class FeedbackModel(nn.Module):
     """A network that refines its own hidden states: subclasses write `start(x)` and `step(x, state)`."""
 
@@ -356,7 +361,7 @@ class FeedbackModel(nn.Module):
                 kept.append(state.h)
             if tol is not None and not active.any():
                 break
-        if self.check_finite and not torch.compiler.is_compiling():
+        if self.check_finite and not torch.compiler.is_compiling() and not batch.is_meta:
             self._check(x, outputs, steps, context)
         stacked = torch.stack(residuals) if residuals else torch.zeros(0, len(batch), device=batch.device)
         return Trajectory(outputs, stacked, kept if states else None, n_steps, None if tol is None else ~active)
@@ -378,7 +383,7 @@ class FeedbackModel(nn.Module):
         if not fine:
             raise FloatingPointError(find_non_finite(self, x, steps, **context))
 
-# %% ../nbs/01_feedback.ipynb #58b9cb39
+# %% ../nbs/01_feedback.ipynb #dcf25e1f
 def _bad_examples(tree):
     """Indices of the examples that hold a value that is not finite."""
     bad = [(~leaf.isfinite()).flatten(1).any(1) for leaf in tree_leaves(tree) if torch.is_tensor(leaf) and leaf.is_floating_point() and leaf.dim()]
@@ -415,7 +420,7 @@ def find_non_finite(
             buffer.copy_(before)
     return f"an output was not finite, and was so no more when the {steps} steps were run again (dropout, or a race); {remedy}"
 
-# %% ../nbs/01_feedback.ipynb #94882e74
+# %% ../nbs/01_feedback.ipynb #01274c98
 def step_weights(
     weights,  # "mean": 1/(T+1) for each; "last": only the answer; or one number for each of the T+1 outputs
     n: int,  # number of outputs, T+1

@@ -10,9 +10,27 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.testing import assert_close
 
-from feedback_nb.cbl import ADAPTERS, CBL, cbl_cnn, cnn
+from feedback_nb.cbl import (
+    ADAPTERS,
+    CBL,
+    TokenAdapter,
+    cbl_cnn,
+    cbl_resnet18,
+    cbl_rnn,
+    cbl_text,
+    cbl_vit,
+    cbl_vit_b16,
+    cbl_vit_h14,
+    cbl_vit_l16,
+    cnn,
+    resnet18,
+    rnn,
+    text_encoder,
+    vit,
+)
 from feedback_nb.feedback import State, stepwise_loss, tap
 
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
@@ -388,3 +406,320 @@ def test_nan_in_a_state_names_layer_and_step(flow):
     x[2, 0, 0, 0] = float("inf")
     with pytest.raises(FloatingPointError, match=r"input .* \(example 2\)"):
         model(x)
+
+
+# Every named architecture, small
+
+VIT = {"image_size": 16, "patch_size": 8, "num_layers": 2, "num_heads": 2, "hidden_dim": 16, "mlp_dim": 32}
+TEXT = {"dim": 16, "depth": 2, "heads": 2, "max_len": 12}
+IDS = torch.tensor([[5, 7, 9, 2, 8, 4], [3, 0, 0, 0, 0, 0], [1, 2, 3, 4, 0, 0], [9, 9, 9, 9, 9, 0]])
+ARCHITECTURES = {
+    "cnn": (lambda **o: cbl_cnn(3, 5, width=4, **o), (3, 16, 16)),
+    "cnn mel": (lambda **o: cbl_cnn(1, 5, width=4, **o), (1, 64, 31)),
+    "resnet18": (lambda **o: cbl_resnet18(5, **o), (3, 32, 32)),
+    "resnet18 small": (lambda **o: cbl_resnet18(5, small=True, in_channels=1, layers=["layer2", "layer4"], **o), (1, 8, 8)),
+    "vit": (lambda **o: cbl_vit(5, **VIT, **o), (3, 16, 16)),
+    "vit grey": (lambda **o: cbl_vit(5, **VIT, in_channels=1, adapter="attention", **o), (1, 16, 16)),
+    "vit token": (lambda **o: cbl_vit(5, **VIT, adapter="token", **o), (3, 16, 16)),
+    "lstm": (lambda **o: cbl_rnn(6, 5, width=8, **o), (7, 6)),
+    "gru": (lambda **o: cbl_rnn(6, 5, width=8, cell="gru", bidirectional=True, **o), (1, 6, 9)),
+    "lstm token": (lambda **o: cbl_rnn(8, 5, width=8, adapter="token", **o), (7, 8)),
+    "text": (lambda **o: cbl_text(10, 5, **TEXT, **o), IDS),
+    "text token": (lambda **o: cbl_text(10, 5, **TEXT, adapter="token", **o), IDS),
+}
+architectures = pytest.mark.parametrize("kind", ARCHITECTURES)
+
+
+def make(kind, seed=0, **options):
+    """A small model in eval mode, four examples."""
+    torch.manual_seed(seed)
+    build, shape = ARCHITECTURES[kind]
+    model = build(**{"steps": 3, "context_dim": 8} | options).eval()
+    if kind.startswith("vit"):
+        nn.init.normal_(model.net.heads.head.weight, std=0.3)  # torchvision's starts at zero, where nothing reaches the output
+    return model, shape if torch.is_tensor(shape) else torch.randn(4, *shape)
+
+
+@architectures
+def test_architecture_contract(kind):
+    model, x = make(kind)
+    with torch.no_grad():
+        plain = copy.deepcopy(model.net)(x)
+        assert torch.equal(model(x, steps=0), plain) and torch.equal(model.net(x), plain)
+        answer = model(x)
+        assert answer.shape == (4, 5) and (answer - plain).abs().max() > 1e-5  # feedback does something
+        assert torch.equal(model(x), answer)  # eval is deterministic
+        assert torch.equal(copy.deepcopy(model)(x), answer)
+        assert torch.equal(pickle.loads(pickle.dumps(model))(x), answer)
+        for i in range(4):
+            assert_close(model(x[i : i + 1])[0], answer[i], atol=1e-5, rtol=1e-4)  # batch of one
+        twin, _ = make(kind, seed=1)
+        assert not torch.allclose(twin(x), answer)
+        saved = io.BytesIO()
+        torch.save(model.state_dict(), saved)
+        saved.seek(0)
+        twin.load_state_dict(torch.load(saved, weights_only=True))
+        assert torch.equal(twin(x), answer)
+        with torch.autocast("cpu", torch.bfloat16):
+            half = model(x)
+        assert half.dtype == torch.bfloat16
+        assert_close(half.float(), answer, atol=0.05, rtol=0.05)
+
+
+@architectures
+def test_architecture_trains_every_adapter(kind):
+    model, x = make(kind)
+    model.train()
+    stepwise_loss(model.trajectory(x), torch.arange(4)).backward()
+    silent = [name for name, p in model.named_parameters() if name.startswith(("adapters", "context", "alpha")) and not (p.grad is not None and p.grad.abs().sum() > 0)]
+    assert not silent
+
+
+@architectures
+def test_architecture_halting_ignores_the_rest_of_the_batch(kind):
+    model, x = make(kind, alpha=0.3)
+    with torch.no_grad():
+        residuals = model.trajectory(x, steps=12).residuals
+        tol = float(residuals[4].sort().values[1:3].mean())  # a tolerance that two of the four have met after five steps
+        together = model.trajectory(x, steps=12, tol=tol)
+        assert together.n_steps.max() > together.n_steps.min() or kind.startswith("cnn")
+        for i in range(4):
+            alone = model.trajectory(x[i : i + 1], steps=12, tol=tol)
+            assert int(alone.n_steps) == int(together.n_steps[i])
+            assert_close(alone.output[0], together.output[i], atol=1e-5, rtol=1e-4)
+
+
+@architectures
+def test_architecture_compiles(kind):
+    """One graph without a break, equal outputs; recurrent layers are left to eager mode by dynamo itself."""
+    model, x = make(kind, steps=1)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=kind not in ("lstm", "gru", "lstm token"), backend="eager")
+    with torch.no_grad():
+        assert_close(compiled(x), model(x))
+
+
+def test_training_compiles():
+    """The graph of the backward pass too."""
+    model, x = make("vit token", steps=1)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    got, expected = compiled(x), model(x)
+    assert_close(got, expected)
+    pairs = [torch.autograd.grad(y.square().sum(), list(model.adapters.parameters())) for y in (got, expected)]
+    for a, b in zip(*pairs, strict=True):
+        assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["vit token", "lstm", "text"])
+def test_mixed_precision_trains(kind):
+    model, x = make(kind)
+    model.train()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = stepwise_loss(model.trajectory(x), torch.arange(4))
+    loss.backward()
+    gradients = [p.grad for p in model.adapters.parameters()]
+    assert all(torch.isfinite(g).all() for g in gradients) and all(g.abs().sum() > 0 for g in gradients)
+
+
+class Blocks(nn.Module):
+    """Attention in other hands than torchvision's: masks by keyword, queries that differ from keys."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x, causal=True):
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1]) if causal else None
+        return self.head(self.block(x, src_mask=mask, is_causal=causal)[:, 0])
+
+
+def test_token_is_one_more_token_and_nothing_else():
+    """By hand: torchvision's block run on [token; tokens], the first output dropped, blended, handed on."""
+    model, x = make("vit token", alpha=0.25)
+    net = copy.deepcopy(model.net)
+    blocks = list(net.encoder.layers)
+    tokens = torch.cat([net.class_token.expand(4, -1, -1), net._process_input(x)], 1) + net.encoder.pos_embedding
+    h = [blocks[0](tokens)]
+    h.append(blocks[1](h[0]))
+    read = lambda h: net.heads(net.encoder.ln(h)[:, 0])
+    y = read(h[-1])
+    trajectory = model.trajectory(x, states=True)
+    for t in range(4):
+        assert_close(trajectory.outputs[t], y, atol=1e-5, rtol=1e-4)
+        z, below = model.context(y), tokens
+        for i, block in enumerate(blocks):
+            token = model.adapters[f"encoder.layers.encoder_layer_{i}"].token(z)[:, None]
+            below = h[i] = 0.25 * h[i] + 0.75 * block(torch.cat([token, below], 1))[:, 1:]
+        y = read(below)
+
+
+def test_a_causal_mask_grows_with_the_token():
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 8)
+    model = CBL(Blocks(), ["block"], example=x, adapter="token", steps=2).eval()
+    later = x.clone()
+    later[:, 3:] += 1  # the first position may look at itself and at the token only
+    assert_close(model(later), model(x))
+    assert not torch.allclose(model(x), model.net(x))
+
+
+@pytest.mark.parametrize("adapter", ["gate", "token"])
+def test_padding_changes_neither_the_answer_nor_the_residual(adapter):
+    model, _ = make("text", adapter=adapter)
+    ids = torch.tensor([[3, 1, 4]])
+    longer = torch.nn.functional.pad(ids, (0, 7))
+    for inference in (True, False):  # torch has a fast path for inference
+        with torch.inference_mode(inference):
+            a, b = model.trajectory(ids), model.trajectory(longer)
+            assert_close(a.output, b.output, atol=1e-5, rtol=1e-4)
+            assert_close(a.residuals, b.residuals, atol=1e-5, rtol=1e-4)
+            assert torch.isfinite(model(torch.zeros(1, 4, dtype=torch.long))).all()  # a text of nothing but padding
+
+
+def test_a_classifier_that_packs_and_pads_inside_works():
+    """Sequences of different lengths: the refined module is the one that hands padded states on."""
+
+    class PackedLSTM(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm = nn.LSTM(3, 8, batch_first=True)
+
+        def forward(self, x, lengths):
+            packed, _ = self.lstm(pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False))
+            return pad_packed_sequence(packed, batch_first=True, total_length=x.shape[1])[0]
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.head = PackedLSTM(), nn.Linear(8, 4)
+
+        def forward(self, x):
+            lengths = (x != 0).any(2).sum(1)
+            return self.head(self.rnn(x, lengths).sum(1) / lengths[:, None])
+
+    torch.manual_seed(0)
+    x = torch.randn(3, 6, 3)
+    x[0, 4:], x[2, 1:] = 0, 0
+    model = CBL(Net(), ["rnn"], example=x).eval()
+    answer = model(x)
+    assert not torch.allclose(answer, model.net(x))
+    assert_close(model(x[:1, :4]), answer[:1])  # without its padding
+    with pytest.raises(ValueError, match="'rnn.lstm' returns a PackedSequence, which has no state for each example.*pad_packed_sequence"):
+        CBL(Net(), ["rnn.lstm"], example=x)
+
+
+def test_weights_are_loaded_by_name(monkeypatch):
+    """Pretrained weights without a network: the last layer is new when the classes are others."""
+    from torchvision.models import ResNet18_Weights, ViT_B_16_Weights
+
+    torch.manual_seed(1)
+    trained = resnet18().state_dict()
+    monkeypatch.setattr(ResNet18_Weights, "get_state_dict", lambda self, *args, **kwargs: trained)
+    for weights in ("DEFAULT", "IMAGENET1K_V1", ResNet18_Weights.DEFAULT):
+        model = cbl_resnet18(weights=weights)
+        assert all(torch.equal(value, trained[key]) for key, value in model.net.state_dict().items() if "forward" not in key)
+    other = cbl_resnet18(7, weights="DEFAULT")
+    assert other.net.fc.out_features == 7 and torch.equal(other.net.conv1.weight, trained["conv1.weight"])
+    with pytest.raises(ValueError, match=r"no weights 'IMAGENET' for resnet18; torchvision has 'IMAGENET1K_V1', 'DEFAULT'.*or None"):
+        cbl_resnet18(weights="IMAGENET")
+    with pytest.raises(ValueError, match="no weights .*ResNet18_Weights.* for vit_b_16"):
+        cbl_vit_b16(weights=ResNet18_Weights.DEFAULT)
+    with pytest.raises(ValueError, match="pretrained weights need the first convolution they were trained with.*got small=True"):
+        cbl_resnet18(weights="DEFAULT", small=True)
+    assert "IMAGENET1K_SWAG_E2E_V1" in ViT_B_16_Weights.__members__
+
+
+SIZES = {  # name: constructor, input, torchvision's parameter count, refined layers
+    "resnet18": (cbl_resnet18, (1, 3, 224, 224), 11_689_512, 4),
+    "vit_b_16": (cbl_vit_b16, (1, 3, 224, 224), 86_567_656, 12),
+    "vit_l_16": (cbl_vit_l16, (1, 3, 224, 224), 304_326_632, 24),
+    "vit_h_14": (cbl_vit_h14, (1, 3, 224, 224), 632_045_800, 32),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_full_size_networks_on_the_meta_device(name):
+    """The networks as torchvision publishes them, without their memory."""
+    build, shape, parameters, blocks = SIZES[name]
+    with torch.device("meta"):
+        model, x = build(context_dim=64, steps=1).eval(), torch.zeros(shape)
+    assert sum(p.numel() for p in model.net.parameters()) == parameters
+    widths = [site.channels for site in model.sites.values()]
+    assert len(widths) == blocks
+    gates = sum((64 + 1) * width for width in widths) + (1000 + 1) * 64 + 1  # W and b of each gate, of g, and α
+    assert sum(p.numel() for p in model.parameters()) - parameters == gates
+    assert model(x).shape == (1, 1000)
+    if name == "vit_b_16":
+        with torch.device("meta"):
+            token = build(context_dim=64, steps=1, adapter="token", layers=["encoder.layers.encoder_layer_1"]).eval()
+        assert isinstance(token.adapters["encoder.layers.encoder_layer_1"], TokenAdapter)
+        assert token(x).shape == (1, 1000)
+
+
+class Out(nn.Module):
+    """A network with one inner layer that returns whatever it is told to."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.inner, self.head = Inner(form), nn.Linear(4, 3)
+
+    def forward(self, x):
+        self.inner(x)
+        return self.head(x)
+
+
+class Inner(nn.Module):
+    def __init__(self, form):
+        super().__init__()
+        self.form = form
+
+    def forward(self, x):
+        return self.form(x)
+
+
+V = torch.zeros(2, 4)
+
+
+@pytest.mark.parametrize(
+    "make, error, message",
+    [
+        bad(lambda: cbl_resnet18(5, layers=[]), ValueError, "layers must be a list with at least one layer name"),
+        bad(lambda: cbl_vit(5, layers=[]), ValueError, "at least one layer name"),
+        bad(lambda: cbl_rnn(4, depth=0), ValueError, "at least one layer name"),
+        bad(lambda: CBL(Out(lambda x: {"h": x}), ["inner"], example=V), ValueError, "'inner' returns dict; refine a layer that returns a tensor, or a tuple whose first item"),
+        bad(lambda: CBL(Out(lambda x: ("h", x)), ["inner"], example=V), ValueError, "'inner' returns tuple of str; refine"),
+        bad(lambda: CBL(Out(lambda x: ()), ["inner"], example=V), ValueError, "'inner' returns tuple; refine"),
+        bad(lambda: CBL(Out(lambda x: 3), ["inner"], example=V), ValueError, "'inner' returns int; refine"),
+        bad(lambda: CBL(Out(lambda x: None), ["inner"], example=V), ValueError, "'inner' returns NoneType; refine"),
+        bad(lambda: CBL(Out(lambda x: x.long()), ["inner"], example=V), ValueError, "'inner' returns torch.int64 of shape"),
+        bad(lambda: CBL(Out(lambda x: x.sum()), ["inner"], example=V), ValueError, r"'inner' returns torch.float32 of shape \(\)"),
+        bad(lambda: CBL(Out(lambda x: x.T), ["inner"], example=V), ValueError, r"shape \(4, 2\) for a batch of 2; a refined state has its batch in dimension 0"),
+        bad(lambda: CBL(nn.Sequential(nn.LSTM(4, 4), Take(), nn.Linear(4, 3)), ["0"], example=torch.zeros(2, 2, 4)), ValueError, r"'0' \(LSTM\) has its batch in dimension 1"),
+        bad(lambda: cbl_vit(5, image_size=30), ValueError, "image_size must be a multiple of the patch size 4, got 30; resize the images to 32"),
+        bad(lambda: cbl_vit_b16(image_size=100), ValueError, "image_size must be a multiple of the patch size 16, got 100; resize the images to 96"),
+        bad(lambda: cbl_vit_h14(image_size=8), ValueError, "multiple of the patch size 14, got 8; resize the images to 14"),
+        bad(lambda: CBL(vit(5, **VIT), ["encoder.ln"], example=torch.zeros(1, 3, 20, 20)), ValueError, r"does not take the example of shape \(1, 3, 20, 20\).*Expected 16 but got 20"),
+        bad(lambda: cbl_vit(5, **VIT)(torch.zeros(1, 3, 20, 20)), AssertionError, "Expected 16 but got 20"),
+        bad(lambda: cbl_cnn(adapter="token"), ValueError, r"adapter='token' needs flow='through' and layers that return tokens \(B, N, channels\), got layer 'stage1' with its channels in dimension 1"),
+        bad(lambda: cbl_vit(5, **VIT, adapter="token", flow="literal"), ValueError, "got flow='literal', where layers do not run again; use 'gate', 'concat', 'attention'"),
+        bad(lambda: cbl_rnn(6, width=8, adapter="token")(torch.zeros(1, 2, 6)), ValueError, r"first argument is tokens \(B, N, 8\).*called with \(1, 2, 6\)"),
+        bad(lambda: rnn(6, cell="elman"), ValueError, "cell must be 'lstm' or 'gru', got 'elman'"),
+        bad(lambda: rnn(6)(torch.zeros(2, 6)), ValueError, r"takes a batch \(B, N, 6\) or \(B, 1, 6, N\), got shape \(2, 6\)"),
+        bad(lambda: rnn(6)(pack_padded_sequence(torch.zeros(2, 3, 6), [3, 2], batch_first=True)), TypeError, "got PackedSequence; unpack packed sequences with"),
+        bad(lambda: text_encoder(9, heads=3), ValueError, "dim a multiple of heads, got pad=0, dim=128, heads=3"),
+        bad(lambda: text_encoder(9, pad=9), ValueError, "pad must be one of the 9 ids"),
+        bad(lambda: cbl_text(10, **TEXT)(torch.zeros(1, 13, dtype=torch.long)), ValueError, r"N at most max_len=12, got torch.int64 of shape \(1, 13\); cut longer texts"),
+        bad(lambda: cbl_text(10, **TEXT)(torch.zeros(1, 3)), ValueError, "expected token ids, whole numbers"),
+        bad(lambda: cbl_text(10, **TEXT)(torch.tensor([[3, 10]])), ValueError, "token ids must be from 0 to 9, got 3 to 10"),
+    ],
+)
+def test_bad_input_to_architectures_is_named(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+class Take(nn.Module):
+    def forward(self, pair):
+        return pair[0][:, 0]

@@ -651,6 +651,36 @@ def test_calibration_of_sure_and_of_honest_networks():
 
 # cost
 
+def test_cost_counts_what_fused_kernels_hide():
+    d, n, b = 16, 6, 3
+    layer = nn.TransformerEncoderLayer(d, 2, 32, batch_first=True)
+    row = cost(layer, torch.rand(b, n, d), train=False, seconds=0.01, rounds=1).iloc[0]
+    assert row.mflops * 1e6 == 2 * n * (4 * d * d + 2 * d * 32) + 2 * 2 * n * n * d  # projections and MLP; queries times keys, weights times values
+
+    class Last(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.head = nn.LSTM(d, 8, batch_first=True), nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.head(self.rnn(x)[0][:, -1])
+
+    row = cost(Last(), torch.rand(b, n, d), train=False, seconds=0.01, rounds=1).iloc[0]
+    assert row.mflops * 1e6 == 2 * n * (d * 32 + 8 * 32) + 2 * 8 * 4
+
+    class Halts(nn.Module):  # what it computes depends on the data, so that it cannot run without numbers
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return self.layer(x) if x.sum() > -1 else x
+
+    fast = torch.backends.mha.get_fastpath_enabled()
+    assert cost(Halts(), torch.rand(b, n, d), train=False, seconds=0.01, rounds=1).mflops.iloc[0] == cost(layer, torch.rand(b, n, d), train=False, seconds=0.01, rounds=1).mflops.iloc[0]
+    assert torch.backends.mha.get_fastpath_enabled() == fast
+
+
 def test_cost_by_hand():
     layer = nn.Sequential(nn.Linear(10, 20), nn.ReLU(), nn.Linear(20, 5))
     row = cost(layer, torch.rand(4, 10), seconds=0.02, rounds=1).loc["Sequential"]

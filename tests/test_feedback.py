@@ -153,6 +153,26 @@ def test_splice_is_silent_and_survives_copies(net, x):
         assert twin.twice.forward.layer is twin.twice
 
 
+def test_a_handler_runs_the_layer_on_other_arguments():
+    class Scaled(nn.Module):
+        def forward(self, x, *, by=1.0):
+            return by * x
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scaled = Scaled()
+
+        def forward(self, x):
+            return self.scaled(x, by=3.0)
+
+    net, x = Net(), torch.randn(2, 4)
+    splice = Splice(net, ["scaled"])
+    change = lambda args, kwargs: ((args[0] + 1,), {"by": 10 * kwargs["by"]})
+    torch.testing.assert_close(splice.run(net, x, lambda name, k, compute: compute(change)), 30 * (x + 1))
+    torch.testing.assert_close(splice.run(net, x, lambda name, k, compute: compute() + compute(change)), 3 * x + 30 * (x + 1))
+
+
 def test_splice_is_put_back_when_the_handler_raises(net, x):
     splice = Splice(net, ["twice"])
     with pytest.raises(ZeroDivisionError):
