@@ -439,9 +439,9 @@ class Comparison:
             raise ValueError(f"{model!r} has no {metric} per step: it is no FeedbackModel, or was recorded without")
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis(index="seed", columns="step").sort_index()
 
-    def table(self, baseline: str | None = None, **options) -> DataFrame:
-        "Mean, spread and paired tests: see `significance`."
-        return significance({name: self.scores(name, options.pop("metric", None) or self.metric) for name in self.models}, baseline, **options)
+    def table(self, baseline: str | None = None, *, metric: str | None = None, **options) -> DataFrame:
+        "Mean, spread and paired tests of one column: see `significance`."
+        return significance({name: self.scores(name, metric or self.metric) for name in self.models}, baseline, **options)
 
     def __repr__(self):
         runs = ", ".join(f"{name} ({sum(row['model'] == name for row in self.record['rows'])} seeds)" for name in self.models)
