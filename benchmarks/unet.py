@@ -1,0 +1,78 @@
+"""What a training step of the feedback U-Net costs at T steps, as a ratio to T plain forward-backward passes of the same U-Net in the same run.
+
+The floor is T passes of the U-Net and its head on the image alone, with cross entropy. Bound (issue of chapter 20): full backpropagation
+≤ 1.15 × T passes at T = 5. Recomputation runs every forward pass twice, truncation skips backward passes: they have no bound. Group norm, 2 classes.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.benchmark import Timer
+
+from feedback_nb.feedback import stepwise_loss
+from feedback_nb.unet import FeedbackUNet, UNet
+
+
+def plain(net, x, y):
+    net.zero_grad(set_to_none=True)
+    F.cross_entropy(net(x), y).backward()
+
+
+def looped(model, x, y):
+    model.zero_grad(set_to_none=True)
+    stepwise_loss(model.trajectory(x), y).backward()
+
+
+def median(fn, *args, seconds):
+    return Timer("fn(*args)", globals={"fn": fn, "args": args}, num_threads=torch.get_num_threads()).blocked_autorange(min_run_time=seconds).median
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--channels", type=int, nargs="+", default=[16, 32, 64, 128])
+    parser.add_argument("--state", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--size", type=int, default=128, help="side of the images, pixels")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of all measurements in turn; the median round's ratio counts")
+    parser.add_argument("--seconds", type=float, default=3.0, help="time per measurement")
+    parser.add_argument("--record", type=Path, help="write the rows to this JSON file (results/bench_unet.json)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    torch.manual_seed(0)
+    T, sizes = args.steps, {"channels": args.channels, "state": args.state}
+    x = torch.randn(args.batch, 1, args.size, args.size, device=args.device)
+    y = torch.randint(2, (args.batch, args.size, args.size), device=args.device)
+    net = nn.Sequential(UNet(1, args.state, channels=args.channels), nn.Conv2d(args.state, 2, 1)).to(args.device)
+    kinds = {"full, no decay": {"decay": None}, "full, scalar decay": {}, "full, matrix decay": {"decay": "matrix"},
+             "recompute, scalar decay": {"backprop": "recompute"}, "last 2 steps, scalar decay": {"backprop": 2}}
+    models = {name: FeedbackUNet(1, 2, steps=T, **sizes, **options).to(args.device) for name, options in kinds.items()}
+    ratios, floors = {name: [] for name in models}, []
+    for _ in range(args.rounds):
+        floors.append(median(plain, net, x, y, seconds=args.seconds))
+        for name, model in models.items():
+            ratios[name].append(median(looped, model, x, y, seconds=args.seconds) / floors[-1])
+    table = []
+    for name, found in ratios.items():
+        ratio = sorted(found)[len(found) // 2]
+        table.append({"training": name, "times one pass": ratio, "floor": T, "times its floor": ratio / T, "bound": 1.15 if name.startswith("full") else None})
+    floor = sorted(floors)[len(floors) // 2]
+    print(f"feedback U-Net training step, T = {T}, batch {args.batch}, {args.size}×{args.size}, channels {args.channels}, {args.device}, {torch.get_num_threads()} threads; plain pass {floor * 1e3:.0f} ms")
+    for row in table:
+        print("  ".join(f"{k}: {v:.2f}" if isinstance(v, float) else f"{k}: {v}" for k, v in row.items()))
+    if args.record:
+        device = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"CPU ({platform.machine()})"
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+        settings = {key: getattr(args, key) for key in ("channels", "state", "batch", "size", "steps", "rounds", "seconds")}
+        facts = {"commit": commit, "torch": torch.__version__, "python": platform.python_version(), "device": device, "threads": torch.get_num_threads(), "seed": 0}
+        args.record.write_text(json.dumps({**facts, **settings, "plain_pass_ms": round(floor * 1e3, 1), "rows": table}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
