@@ -7,7 +7,7 @@ __all__ = ['RELEASED', 'ALEXNET', 'Connection', 'Site', 'as_maps', 'resize', 'Pa
            'plan_connections', 'LRM', 'run_pass', 'alexnet_lrm', 'fetch_weights', 'read_weights', 'released_keys',
            'load_published']
 
-# %% ../nbs/30_lrm.ipynb #251db501
+# %% ../nbs/30_lrm.ipynb #fb2cf113
 import hashlib
 import re
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch import nn
 
 from .feedback import Call, FeedbackModel, Splice, State, find_layers, settled_before, trace_calls
 
-# %% ../nbs/30_lrm.ipynb #e4d563d1
+# %% ../nbs/30_lrm.ipynb #00cbdee5
 class Connection(NamedTuple):
     """One feedback connection, by layer names; a plain pair of names serves as well."""
 
@@ -36,7 +36,7 @@ class Site(NamedTuple):
     dim: int  # where the channels are
     copy: bool  # the network writes into this output afterwards, so that whoever keeps it hands on a copy
 
-# %% ../nbs/30_lrm.ipynb #35ec6ac9
+# %% ../nbs/30_lrm.ipynb #2fb576ad
 def as_maps(
     a: torch.Tensor,  # (B, C), (B, C, L), (B, N, D) or (B, C, H, W)
     dim: int = 1,  # where the channels are
@@ -58,7 +58,7 @@ def resize(
         return maps.mean((2, 3), keepdim=True)
     return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=align_corners)
 
-# %% ../nbs/30_lrm.ipynb #8abd3e55
+# %% ../nbs/30_lrm.ipynb #588336a3
 class _Drive(nn.Module):
     """What one source says to one destination: sign scales and a 1×1 convolution, which both motifs have."""
 
@@ -92,7 +92,7 @@ class PaperDrive(_Drive):
             return self.conv(resize(a, size))
         return resize(self.conv(a), size)  # a 1×1 convolution and a resize commute: convolve where there are fewer positions
 
-# %% ../nbs/30_lrm.ipynb #40f86d16
+# %% ../nbs/30_lrm.ipynb #ff1ff2a5
 class _Norm(nn.Module):
     """Layer norm as published: over channels for a vector; over (C, h, w) for a map, its affine maps resized to the source."""
 
@@ -119,7 +119,7 @@ class PublishedDrive(_Drive):
         a = resize(torch.tanh(self.norm(a)), size, align_corners=True)
         return self.conv(self.signed(a, gain))
 
-# %% ../nbs/30_lrm.ipynb #c0e54e8a
+# %% ../nbs/30_lrm.ipynb #7d836f1b
 class _Named(nn.ModuleDict):
     """A ModuleDict that takes layer names with their dots."""
 
@@ -132,7 +132,7 @@ class _Named(nn.ModuleDict):
     def __contains__(self, name):
         return super().__contains__(name.replace(".", "/"))
 
-# %% ../nbs/30_lrm.ipynb #167373e8
+# %% ../nbs/30_lrm.ipynb #e9429d21
 class Modulation(nn.Module):
     """What all sources together do to one destination."""
 
@@ -169,7 +169,7 @@ class Modulation(nn.Module):
         new = o + total if self.mode == "add" else torch.addcmul(o, o, total)
         return F.threshold(new, 0.0, 0.0) if self.motif == "published" else new  # a ReLU that does not mind what is written into its output later
 
-# %% ../nbs/30_lrm.ipynb #0a841f01
+# %% ../nbs/30_lrm.ipynb #023b5eef
 def _site(name, layer, calls: "list[Call]", written, dim):
     """What there is to know of one layer, from its calls in the traced pass."""
     for call in calls:
@@ -199,7 +199,7 @@ def _pairs(connections):
             raise ValueError(f"connection {pair[0]!r} → {pair[1]!r} is given twice; name it once")
     return pairs
 
-# %% ../nbs/30_lrm.ipynb #2c9ac149
+# %% ../nbs/30_lrm.ipynb #077c0da8
 def plan_connections(
     net: nn.Module,  # the backbone
     connections: list,  # pairs (source, destination) of layer names
@@ -225,7 +225,7 @@ def plan_connections(
     pairs = sorted(pairs, key=lambda pair: (last[pair.destination], last[pair.source], pair))
     return pairs, sites, calls, output
 
-# %% ../nbs/30_lrm.ipynb #56e3a6c2
+# %% ../nbs/30_lrm.ipynb #bee3dec4
 class LRM(FeedbackModel):
     """Long-range modulation around any network: later passes are modulated by what the sources said in the pass before."""
 
@@ -279,7 +279,7 @@ class LRM(FeedbackModel):
                 raise ValueError(f"steering {name!r} needs {site.channels} channels, got a vector of shape {tuple(value.shape)}")
         return {**fired, **replaced}
 
-# %% ../nbs/30_lrm.ipynb #d0df64ba
+# %% ../nbs/30_lrm.ipynb #b77ca6d3
 def run_pass(
     model: LRM,
     x,  # the input
@@ -311,7 +311,7 @@ def run_pass(
     fired = {name: fired[name] for name in model.sources}
     return State(fired if steer is None else model._steered(fired, steer), y, memo)
 
-# %% ../nbs/30_lrm.ipynb #83d9f46f
+# %% ../nbs/30_lrm.ipynb #6e5e0e29
 def _run(model, x, answer):
     try:
         return model.splice.run(model.backbone, x, answer)
@@ -321,7 +321,7 @@ def _run(model, x, answer):
             raise
         raise ValueError(f"the backbone ({type(model.backbone).__name__}) does not take x of shape {shape}: {error}. It was built with examples of shape (B, {', '.join(map(str, model.built))}); an image must not be too small for its layers") from error
 
-# %% ../nbs/30_lrm.ipynb #a80f25aa
+# %% ../nbs/30_lrm.ipynb #1a1e82de
 RELEASED = "https://s3.us-east-1.wasabisys.com/visionlab-projects/dnn_feedback_dev/logs/"
 ALEXNET = {  # level: (connections in torchvision's names, file of the released weights under `RELEASED`)
     1: (
@@ -338,7 +338,7 @@ ALEXNET = {  # level: (connections in torchvision's names, file of the released 
     ),
 }
 
-# %% ../nbs/30_lrm.ipynb #c7d231bb
+# %% ../nbs/30_lrm.ipynb #dab0b556
 def alexnet_lrm(
     level: int,  # 1, 2 or 3: how many of the paper's connections
     weights: "str | Path | None" = None,  # "published" downloads the released weights (about 250 MB); a path reads such a file; None: random
@@ -363,7 +363,7 @@ def alexnet_lrm(
         load_published(model, read_weights(fetch_weights(RELEASED + file) if weights == "published" else weights))
     return model
 
-# %% ../nbs/30_lrm.ipynb #22d9a2ed
+# %% ../nbs/30_lrm.ipynb #23d28834
 def _sha256(path):
     digest = hashlib.sha256()
     with open(path, "rb") as file:
@@ -396,7 +396,7 @@ def fetch_weights(
         raise ValueError(f"{path} is damaged: its sha256 is {_sha256(path)[:10]}…, expected {found[1]}…; delete it and try again")
     return path
 
-# %% ../nbs/30_lrm.ipynb #8ab866d6
+# %% ../nbs/30_lrm.ipynb #37870850
 def read_weights(
     path: "str | Path",  # a file written by `torch.save`
 ) -> dict:  # a state dict on the CPU; nothing in the file is executed
@@ -412,7 +412,7 @@ def read_weights(
             state = state[key]
     return state
 
-# %% ../nbs/30_lrm.ipynb #590cc721
+# %% ../nbs/30_lrm.ipynb #7149e5f5
 def released_keys(
     model: LRM,  # of the published motif
 ) -> dict[str, str]:  # {key in the released files: key in `model.state_dict()`}
@@ -432,7 +432,7 @@ def _spelling(key):
     head, *rest = re.sub(r"^backbone\.", "feedforward.", key).split(".")
     return ".".join([head, *(part.replace("_", "") for part in rest[:2]), *rest[2:]] if head == "lrm" else [head, *rest])
 
-# %% ../nbs/30_lrm.ipynb #0701abac
+# %% ../nbs/30_lrm.ipynb #956e3ce6
 def load_published(
     model: LRM,  # built with motif="published" and the connections of the file
     state_dict: dict,  # as released, in the newer or older spelling, as it is or under "model" or "state_dict"
