@@ -5,30 +5,16 @@ The floor of the through flow is T+1 plain passes, that of the literal flow one.
 """
 
 import argparse
-import json
-import platform
-import subprocess
 import time
 from pathlib import Path
 
 import torch
-from torch.nn import functional as F
+from _shared import looped, plain, record, show
 from torch.utils.benchmark import Timer
 
 from feedback_nb.cbl import cbl_cnn, cbl_resnet18, cbl_vit_b16
-from feedback_nb.feedback import stepwise_loss
 
 BOUNDS = {("CNN", "through"): 1.25, ("CNN", "literal"): 1.35, ("ResNet-18", "through"): 1.10, ("ViT-B/16", "through"): 1.10}
-
-
-def plain(net, x, y):
-    net.zero_grad(set_to_none=True)
-    F.cross_entropy(net(x), y).backward()
-
-
-def looped(model, x, y):
-    model.zero_grad(set_to_none=True)
-    stepwise_loss(model.trajectory(x), y).backward()
 
 
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}  # the second is not disturbed by what else the machine does
@@ -85,14 +71,10 @@ def main(argv=None):
     for name in args.networks:
         for row in measure(name, *networks(args)[name], args):
             rows.append(row)
-            print("  ".join(f"{k}: {v:.2f}" if isinstance(v, float) else f"{k}: {v}" for k, v in row.items()), flush=True)
+            show(row)
     print(f"training steps, T = {args.steps}, {args.device}, {torch.get_num_threads()} threads")
     if args.record:
-        device = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"CPU ({platform.machine()})"
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-        settings = {key: getattr(args, key) for key in ("width", "batch", "large_batch", "steps", "rounds", "seconds", "clock")}
-        facts = {"commit": commit, "torch": torch.__version__, "python": platform.python_version(), "device": device, "threads": torch.get_num_threads(), "seed": 0}
-        args.record.write_text(json.dumps({**facts, **settings, "rows": rows}, indent=1) + "\n")
+        record(args.record, args, ("width", "batch", "large_batch", "steps", "rounds", "seconds", "clock"), rows)
 
 
 if __name__ == "__main__":

@@ -5,14 +5,12 @@ released code needs 1.66 and 1.32. The plain training step is two passes, the me
 """
 
 import argparse
-import json
-import platform
 import statistics
-import subprocess
 import time
 from pathlib import Path
 
 import torch
+from _shared import record, show
 from torch.nn import functional as F
 
 from feedback_nb.lrm import alexnet_lrm
@@ -79,14 +77,10 @@ def main(argv=None):
     milliseconds = {f"two_plain_{what}_ms": round(1e3 * statistics.median(values), 1) for what, values in floors.items()}
     print(f"AlexNet LRM{args.level}, two passes, {args.size} pixels, batch {args.batch}, {args.device}, {torch.get_num_threads()} threads; {milliseconds}")
     for row in table:
-        print("  ".join(f"{k}: {v:.2f}" if isinstance(v, float) else f"{k}: {v}" for k, v in row.items()))
+        show(row)
     if args.record:
-        device = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"CPU ({platform.machine()})"
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-        settings = {key: getattr(args, key) for key in ("size", "batch", "level", "rounds", "repeats")}
         clock = "CPU time of the process" if args.device == "cpu" else "wall clock"
-        facts = {"commit": commit, "torch": torch.__version__, "python": platform.python_version(), "device": device, "threads": torch.get_num_threads(), "clock": clock, "seed": 0}
-        args.record.write_text(json.dumps({**facts, **settings, **milliseconds, "rows": table}, indent=1) + "\n")
+        record(args.record, args, ("size", "batch", "level", "rounds", "repeats"), table, clock=clock, **milliseconds)
 
 
 if __name__ == "__main__":

@@ -5,28 +5,14 @@ The floor is T passes of the U-Net and its head on the image alone, with cross e
 """
 
 import argparse
-import json
-import platform
-import subprocess
 from pathlib import Path
 
 import torch
+from _shared import looped, plain, record, show
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.benchmark import Timer
 
-from feedback_nb.feedback import stepwise_loss
 from feedback_nb.unet import FeedbackUNet, UNet
-
-
-def plain(net, x, y):
-    net.zero_grad(set_to_none=True)
-    F.cross_entropy(net(x), y).backward()
-
-
-def looped(model, x, y):
-    model.zero_grad(set_to_none=True)
-    stepwise_loss(model.trajectory(x), y).backward()
 
 
 def median(fn, *args, seconds):
@@ -65,13 +51,9 @@ def main(argv=None):
     floor = sorted(floors)[len(floors) // 2]
     print(f"feedback U-Net training step, T = {T}, batch {args.batch}, {args.size}×{args.size}, channels {args.channels}, {args.device}, {torch.get_num_threads()} threads; plain pass {floor * 1e3:.0f} ms")
     for row in table:
-        print("  ".join(f"{k}: {v:.2f}" if isinstance(v, float) else f"{k}: {v}" for k, v in row.items()))
+        show(row)
     if args.record:
-        device = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"CPU ({platform.machine()})"
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-        settings = {key: getattr(args, key) for key in ("channels", "state", "batch", "size", "steps", "rounds", "seconds")}
-        facts = {"commit": commit, "torch": torch.__version__, "python": platform.python_version(), "device": device, "threads": torch.get_num_threads(), "seed": 0}
-        args.record.write_text(json.dumps({**facts, **settings, "plain_pass_ms": round(floor * 1e3, 1), "rows": table}, indent=1) + "\n")
+        record(args.record, args, ("channels", "state", "batch", "size", "steps", "rounds", "seconds"), table, plain_pass_ms=round(floor * 1e3, 1))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ __all__ = ['Steer', 'one_hot', 'contrast', 'instance', 'Prototypes', 'prototype'
            'a_prime', 'Search', 'search', 'text_embeddings', 'Denoiser', 'cosine_schedule', 'TextPrior', 'fit_ridge',
            'fit_diffusion', 'sample_diffusion']
 
-# %% ../nbs/35_steering.ipynb #63db2115
+# %% ../nbs/35_steering.ipynb #b4b8aff3
 import math
 from collections.abc import Callable, Sequence
 from itertools import combinations
@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from .lrm import LRM
-from .training import batches, kept_modes
+from .training import batches, kept_modes, kept_random_state
 
-# %% ../nbs/35_steering.ipynb #93d5183f
+# %% ../nbs/35_steering.ipynb #0de3b047
 def _gains(gain) -> tuple:
     """(negative, positive), checked."""
     pair = tuple(gain) if isinstance(gain, (tuple, list)) else (gain, gain)
@@ -64,7 +64,7 @@ class Steer:
     def __repr__(self):
         return f"Steer({self.source!r}, vector of shape {tuple(self.vector.shape)}, gain={self.gains[self.source]}, blend={self.blend}, from_first_pass={self.from_first_pass})"
 
-# %% ../nbs/35_steering.ipynb #5050aec4
+# %% ../nbs/35_steering.ipynb #b972d26a
 def _aligned(own: torch.Tensor, vector: torch.Tensor, source: str) -> tuple:
     """The source's output and the vector in one shape, on the output's device and dtype."""
     channels, at = vector.shape[1], own.dim() - 1 if own.dim() == 3 and own.shape[2] == vector.shape[1] else 1
@@ -81,7 +81,7 @@ def _aligned(own: torch.Tensor, vector: torch.Tensor, source: str) -> tuple:
         return own.expand(-1, -1, *vector.shape[2:]), vector
     return own, vector.view(len(vector), *(channels if i == at else 1 for i in range(1, own.dim())))
 
-# %% ../nbs/35_steering.ipynb #193a2061
+# %% ../nbs/35_steering.ipynb #32339144
 def one_hot(
     classes: "int | Sequence[int] | torch.Tensor",  # one class or several
     n_classes: int,
@@ -104,7 +104,7 @@ def contrast(
         raise ValueError(f"a contrast needs two vectors of one shape, got {tuple(toward.shape)} and {tuple(away.shape)}")
     return toward - away
 
-# %% ../nbs/35_steering.ipynb #2078de95
+# %% ../nbs/35_steering.ipynb #c8f51ab7
 def _source(model: LRM, source: "str | None") -> str:
     names = list(model.sources)
     if source is not None and source not in names:
@@ -126,7 +126,7 @@ def instance(
         model.eval()
         return model.trajectory(x, steps=steps, states=True).states[-1][name]
 
-# %% ../nbs/35_steering.ipynb #2448063c
+# %% ../nbs/35_steering.ipynb #c3a0ac06
 class Prototypes(NamedTuple):
     """Means over categories; index `mean` by class for a steering vector."""
 
@@ -147,11 +147,12 @@ def prototype(
     """What a source says of each category on average; `ValueError` names a category without an example."""
     known = n_classes if n_classes is not None else len(getattr(data, "classes", ()))
     device, moments = next(model.parameters()).device, None
-    for _, _, (x, y) in batches(data, batch_size):
-        a, y = instance(model, x.to(device), source, steps=steps).double(), y.to(device)
-        if n_classes is not None and int(y.max()) >= n_classes:
-            raise ValueError(f"label {int(y.max())} is outside of the {n_classes} classes")
-        moments = _merged(moments, a, y, max(known, int(y.max()) + 1, 0 if moments is None else len(moments[0])))
+    with kept_random_state(device):  # reading data seeds the generators
+        for _, _, (x, y) in batches(data, batch_size):
+            a, y = instance(model, x.to(device), source, steps=steps).double(), y.to(device)
+            if n_classes is not None and int(y.max()) >= n_classes:
+                raise ValueError(f"label {int(y.max())} is outside of the {n_classes} classes")
+            moments = _merged(moments, a, y, max(known, int(y.max()) + 1, 0 if moments is None else len(moments[0])))
     if moments is None:
         raise ValueError("the data hold no example; a prototype is a mean over at least one")
     count, mean, squares = moments
@@ -160,7 +161,7 @@ def prototype(
     per = count.view(-1, *[1] * (mean.dim() - 1))
     return Prototypes(mean.float(), (squares / (per - 1) / per).sqrt().float(), count)
 
-# %% ../nbs/35_steering.ipynb #698cc7e5
+# %% ../nbs/35_steering.ipynb #0c343704
 def _merged(old, a: torch.Tensor, y: torch.Tensor, n: int) -> tuple:
     """(count, mean, sum of squared deviations) of every class after one more batch, by the update of Chan and others (1979)."""
     new = lambda: torch.zeros(n, *a.shape[1:], dtype=a.dtype, device=a.device)
@@ -175,7 +176,7 @@ def _merged(old, a: torch.Tensor, y: torch.Tensor, n: int) -> tuple:
     part = wide(count) / wide(total.clamp_min(1))
     return total, mean0 + step * part, squares0 + squares + step.square() * wide(before) * part
 
-# %% ../nbs/35_steering.ipynb #38d630bd
+# %% ../nbs/35_steering.ipynb #5d25f6f7
 def _same_shape(a, b):
     if a.shape != b.shape or a.dim() < 3:
         raise ValueError(f"a composite needs two pictures (…, C, H, W) of one shape, got {tuple(a.shape)} and {tuple(b.shape)}")
@@ -207,7 +208,7 @@ def side_by_side(
         raise ValueError(f"fit must be 'wide', or 'squeeze' for floating-point pictures, got {fit!r} for {a.dtype}")
     return F.interpolate(both.flatten(0, -4) if both.dim() > 4 else both.reshape(-1, *both.shape[-3:]), size=a.shape[-2:], mode="bilinear", antialias=True).view(a.shape)
 
-# %% ../nbs/35_steering.ipynb #cb553f2a
+# %% ../nbs/35_steering.ipynb #6e535f30
 def triplets(
     y: torch.Tensor,  # (N,) the class of every picture
     per_pair: int,  # triplets for every pair of classes
@@ -235,7 +236,7 @@ def triplets(
         rows.append(torch.cat([torch.where(swap[:, None], shown.flip(1), shown), third[:, None]], 1))
     return torch.cat(rows)
 
-# %% ../nbs/35_steering.ipynb #a240912b
+# %% ../nbs/35_steering.ipynb #c4dd8e53
 def a_prime(
     hits,  # rate in [0, 1]: a number or a tensor
     false_alarms,  # rate in [0, 1], of the same shape
@@ -250,7 +251,7 @@ def a_prime(
     score = 0.5 + way * d * (1 + d) / scale
     return float(score) if score.dim() == 0 else score
 
-# %% ../nbs/35_steering.ipynb #1129f03e
+# %% ../nbs/35_steering.ipynb #5023193d
 class Search(NamedTuple):
     """What a steered network said of composites, pass by pass."""
 
@@ -294,7 +295,7 @@ def search(
     right = torch.cat(said, 1)
     return Search(right[:2].transpose(0, 1), right[2])
 
-# %% ../nbs/35_steering.ipynb #26d02f47
+# %% ../nbs/35_steering.ipynb #0f1fd78b
 def text_embeddings(
     words: "Sequence[str]",  # names of categories
     encoder: "Callable | str" = "ViT-B-32",  # a function from a list of texts to (n, D), or the name of an open_clip model
@@ -320,7 +321,7 @@ def text_embeddings(
         raise ValueError(f"the encoder gave shape {tuple(embedded.shape)} for {len(texts)} texts, expected ({len(texts)}, D)")
     return F.normalize(embedded.float(), dim=1)
 
-# %% ../nbs/35_steering.ipynb #23a6a128
+# %% ../nbs/35_steering.ipynb #3caa32a9
 class Denoiser(nn.Module):
     """x̂₀ from (text, step, noisy prototype): a transformer over four tokens, the last of which is read out."""
 
@@ -353,7 +354,7 @@ def cosine_schedule(timesteps: int) -> torch.Tensor:  # (timesteps,) share ᾱ_t
     f = torch.cos((t + 0.008) / 1.008 * math.pi / 2).square()
     return (1 - (1 - f[1:] / f[:-1]).clamp(max=0.999)).cumprod(0).float()
 
-# %% ../nbs/35_steering.ipynb #f23e9e7d
+# %% ../nbs/35_steering.ipynb #64db1ed3
 class TextPrior(nn.Module):
     """From text embeddings to steering vectors: `prior.fit(text, prototypes)`, then `prior(new_text)`."""
 
@@ -419,7 +420,7 @@ class TextPrior(nn.Module):
         out = self.net(text) if self.method == "ridge" else sample_diffusion(self, text, samples, seed)
         return out * self.scale + self.mean
 
-# %% ../nbs/35_steering.ipynb #be4f4d79
+# %% ../nbs/35_steering.ipynb #7b10a0a2
 @torch.no_grad()
 def fit_ridge(net: nn.Linear, text: torch.Tensor, target: torch.Tensor) -> list:  # [penalty]
     """Ridge regression by scikit-learn, its penalty chosen by leave-one-out over 13 powers of ten."""
@@ -449,7 +450,7 @@ def fit_diffusion(prior: TextPrior, text, target, steps: int, lr: float, weight_
     prior.net.eval()
     return torch.stack(losses).tolist() if losses else []
 
-# %% ../nbs/35_steering.ipynb #fb5014bd
+# %% ../nbs/35_steering.ipynb #3e2a08ae
 def sample_diffusion(prior: TextPrior, text, samples: int, seed: int) -> torch.Tensor:  # (n, out_dim), the mean of the samples
     """Ancestral sampling (Ho and others, 2020), all samples of a text at once."""
     if samples < 1:

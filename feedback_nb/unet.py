@@ -16,18 +16,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, default_collate
 
 from .feedback import FeedbackModel, State, Trajectory
+from .training import batches, kept_modes, kept_random_state
 
 # %% ../nbs/20_unet.ipynb #e4b7481a
-def _sides(x, stride):
-    """How many rows and columns to add (left, right, top, bottom) so that height and width become multiples of `stride`."""
+def _fitted(x, stride):
+    """x with its border repeated so that height and width are multiples of `stride`, and the slices that cut an answer back to its size."""
     if min(x.shape[-2:]) < stride:
         raise ValueError(f"an image of {x.shape[-2]}×{x.shape[-1]} pixels is smaller than the network's stride of {stride}, so its lowest level would see mostly padding; "
                          f"give images of at least {stride}×{stride}, or a network with fewer levels (one less entry in channels halves the stride)")
-    h, w = (-size % stride for size in x.shape[-2:])
-    return w // 2, w - w // 2, h // 2, h - h // 2
+    height, width = x.shape[-2:]
+    h, w = -height % stride, -width % stride
+    back = (..., slice(h // 2, h // 2 + height), slice(w // 2, w // 2 + width))
+    return F.pad(x, (w // 2, w - w // 2, h // 2, h - h // 2), mode="replicate") if h or w else x, back
 
 
 class Padded(nn.Module):
@@ -42,11 +44,8 @@ class Padded(nn.Module):
         self.body, self.stride = body, stride
 
     def forward(self, x):
-        left, right, top, bottom = sides = _sides(x, self.stride)
-        if not any(sides):
-            return self.body(x)
-        y = self.body(F.pad(x, sides, mode="replicate"))
-        return y[..., top : y.shape[-2] - bottom, left : y.shape[-1] - right]
+        x, back = _fitted(x, self.stride)
+        return self.body(x)[back]
 
 # %% ../nbs/20_unet.ipynb #81876396
 NORMS = {
@@ -92,14 +91,13 @@ class UNet(nn.Module):
     ):  # (B, out_channels, H, W)
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f"this U-Net takes (B, {self.in_channels}, H, W), got {tuple(x.shape)}")
-        left, right, top, bottom = sides = _sides(x, self.stride)
-        h, skips = F.pad(x, sides, mode="replicate") if any(sides) else x, []
+        (h, back), skips = _fitted(x, self.stride), []
         for level, down in enumerate(self.down):
             h = down(F.max_pool2d(h, 2) if level else h)
             skips.append(h)
         for lift, up, skip in list(zip(self.lift, self.up, skips))[::-1]:
             h = up(torch.cat([skip, lift(h)], 1))
-        return self.last(h[..., top : h.shape[-2] - bottom, left : h.shape[-1] - right])
+        return self.last(h[back])
 
 # %% ../nbs/20_unet.ipynb #c9907123
 class ExponentialDecay(nn.Module):
@@ -425,19 +423,14 @@ def measure_segmentation(
     """Scores on a whole data set, pooled over it, after every step; as `measure` for `evaluation.compare`."""
     if not len(data):
         raise ValueError("the data set is empty: nothing to measure")
-    modes, device = [(m, m.training) for m in model.modules()], next((p.device for p in model.parameters()), torch.device("cpu"))
-    whole = lambda batch: batch if isinstance(batch, tuple) else default_collate(batch)  # a data set of this package hands over batches
-    predictions, targets = [], []
-    try:
+    device, predictions, targets = next((p.device for p in model.parameters()), torch.device("cpu")), [], []
+    with kept_modes(model), kept_random_state(device):
         model.eval()
-        for x, y in DataLoader(data, batch_size, collate_fn=whole, generator=torch.Generator()):
+        for _, _, (x, y) in batches(data, batch_size):
             outputs = model.trajectory(x.to(device), steps=steps, tol=None).outputs if isinstance(model, FeedbackModel) else [model(x.to(device))]
             predictions.append(torch.stack([output.argmax(1) for output in outputs]))
             targets.append(y.to(device))
             n_classes = outputs[0].shape[1]
-    finally:
-        for module, mode in modes:
-            module.training = mode
     target = torch.cat(targets)
     rows = [segmentation_scores(labels, target, n_classes=n_classes, **options) for labels in torch.cat(predictions, 1)]
     last = {"f1": float(rows[-1]["f1"]), "iou": float(rows[-1]["iou"]), "collapsed": int(rows[-1]["predicted"][0] == 1)}

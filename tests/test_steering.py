@@ -228,6 +228,12 @@ def test_prototypes_do_not_depend_on_the_batches(batch, seed, offset):
             assert_close(found.stderr[c].double(), own.std(0) / 10**0.5, rtol=1e-2, atol=2e-3 if offset else 1e-6)
 
 
+def test_prototypes_leave_the_random_state_alone(x):
+    model, state = small(), torch.get_rng_state()
+    prototype(model, TensorDataset(x, torch.arange(4)))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_prototypes_name_what_is_missing(x):
     model = small()
     data = TensorDataset(x, torch.tensor([0, 0, 2, 2]))

@@ -422,7 +422,9 @@ def test_scores_are_those_of_torchmetrics(seed, classes):
 
 def test_measuring_a_data_set():
     data, model = TensorData(*polygons(7, 16), ["background", "polygon"]), small().train()
+    state = torch.get_rng_state()
     rows = [measure_segmentation(model, data, batch_size=n) for n in (1, 3, 7)]
+    assert torch.equal(torch.get_rng_state(), state)
     for row in rows[1:]:
         assert all(row[key] == pytest.approx(rows[0][key]) for key in row)
     assert model.training and len(rows[0]["f1_per_step"]) == 6
