@@ -145,11 +145,16 @@ def layer_shapes(
     return {name: tree_map(lambda leaf: leaf.shape if torch.is_tensor(leaf) else leaf, output) for name, output in seen.items()}
 
 # %% ../nbs/01_feedback.ipynb #f86d389c
+def _in_backward() -> bool:
+    """Is this thread inside a backward pass? (torch tells it by a name of its own; without that name: no)"""
+    return getattr(torch._C, "_current_graph_task_id", lambda: -1)() != -1
+
+
 class _Switch:
     """Stands in for the `forward` of one layer: passes on, or asks the handler of the running pass."""
 
     def __init__(self, layer, name, splice):
-        self.layer, self.name, self.splice = layer, name, splice
+        self.layer, self.name, self.splice, self.passing = layer, name, splice, False
         self.inner = layer.__dict__.get("forward")  # somebody else's switch, when there is one
 
     def forward(self, *args, **kwargs):
@@ -159,6 +164,10 @@ class _Switch:
 
     def __call__(self, *args, **kwargs):
         running = self.splice.running()
+        if not torch.compiler.is_compiling():
+            if running is None and self.passing and _in_backward():
+                raise RuntimeError(f"layer {self.name!r} is run again in the backward pass (activation checkpointing inside the network), where its pass is over and the result would be another; switch that checkpointing off, or checkpoint whole calls of the model")
+            self.passing = running is not None
         if running is None:
             return self.forward(*args, **kwargs)
         handler, counts = running

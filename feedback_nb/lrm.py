@@ -10,12 +10,14 @@ __all__ = ['RELEASED', 'ALEXNET', 'Connection', 'Site', 'as_maps', 'resize', 'Pa
 # %% ../nbs/30_lrm.ipynb #fb2cf113
 import hashlib
 import re
+from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from .feedback import Call, FeedbackModel, Splice, State, find_layers, settled_before, trace_calls
 
@@ -186,7 +188,8 @@ def _site(name, layer, calls: "list[Call]", written, dim):
 
 
 def _pairs(connections):
-    if isinstance(connections, (str, Connection)) or not list(connections):
+    connections = connections if isinstance(connections, (str, Connection)) else list(connections)  # a zip can be read once
+    if isinstance(connections, (str, Connection)) or not connections:
         raise ValueError(f"connections must be a list of at least one (source, destination), got {connections!r}")
     pairs = []
     for pair in connections:
@@ -227,7 +230,7 @@ def plan_connections(
 
 # %% ../nbs/30_lrm.ipynb #bee3dec4
 class LRM(FeedbackModel):
-    """Long-range modulation around any network: later passes are modulated by what the sources said in the pass before."""
+    """Long-range modulation around any network: later passes are modulated by what the sources said in the pass before. New modulations are random, so a pretrained backbone needs training with them; `steps=0` is the backbone as it was."""
 
     def __init__(
         self,
@@ -252,15 +255,23 @@ class LRM(FeedbackModel):
         last = {call.name: i for i, call in enumerate(calls)}
         self.sources = {name: sites[name] for name in sorted({c.source for c in self.connections}, key=lambda name: (last[name], name))}
         self.early = [name for name in self.sources if last[name] < at[first]]  # they say the same in every pass
+        at_once = {c for c in self.connections if motif == "published" and last[c.source] < at[c.destination]}  # heard in the very pass in which they fire
+        self.unheard, self.at_once = {c.source for c in at_once} - {c.source for c in {*self.connections} - at_once}, at_once
         self.once, kept = (first, 0), settled_before(calls, first)
         self.copied = {call.name for call in calls if call.written} | {name for name, site in sites.items() if site.copy}
         self.modulations = _Named({d: Modulation(sites[d], {c.source: sites[c.source] for c in self.connections if c.destination == d}, motif, mode) for d in destinations})
-        self.modulations.to(output.device, calls[at[first]].output.dtype)
+        shown = calls[at[first]].output
+        self.modulations.to(shown.device, next((p.dtype for p in backbone.parameters() if p.is_floating_point()), shown.dtype))
         self.kept, self.splice = set(kept), Splice(backbone, list(dict.fromkeys([*kept, *destinations, *self.sources])))
 
     def start(self, x, *, states=False, steer=None) -> State:
         """The first pass: plain, but for published sources that stand before their destination, and for steering from the first pass."""
         before = self._steered({}, steer) if steer is not None and steer.from_first_pass else {}
+        like = next(self.modulations.parameters())
+        for name, value in before.items():
+            if torch.is_tensor(x) and len(value) not in (1, len(x)):
+                raise ValueError(f"steering {name!r}: {len(value)} vectors for a batch of {len(x)}; give one vector, or one for each example")
+            before[name] = value.to(like)  # there is no output yet whose device and dtype it could take
         return run_pass(self, x, before, {}, steer)
 
     def step(self, x, state, *, steer=None) -> State:
@@ -272,12 +283,19 @@ class LRM(FeedbackModel):
         for name in steer.sources:
             if name not in self.sources:
                 raise ValueError(f"cannot steer {name!r}: it is no source of this model; its sources are {list(self.sources)}")
-        replaced = steer.replace(fired)
+        sites = {name: self.sources[name] for name in steer.sources}
+        replaced = steer.replace({name: fired[name].movedim(site.dim, 1) for name, site in sites.items() if name in fired})
         for name, value in replaced.items():
-            site = self.sources[name]
-            if value.shape[site.dim if value.dim() == site.ndim else 1] != site.channels:
+            site = sites[name]
+            if value.shape[1] != site.channels:
                 raise ValueError(f"steering {name!r} needs {site.channels} channels, got a vector of shape {tuple(value.shape)}")
+            if name in self.unheard:
+                raise ValueError(f"steering {name!r} would change nothing: it fires before its destinations, and in the published motif they hear what it says in the same pass; steer a later source, or use motif='paper'")
+            replaced[name] = value.movedim(1, site.dim) if value.dim() == site.ndim else value
         return {**fired, **replaced}
+
+    def _replicate_for_data_parallel(self):
+        raise RuntimeError("nn.DataParallel cannot copy this model: its switches stay with the first copy's layers; use DistributedDataParallel, or fit(…) of chapter 3 under accelerate")
 
 # %% ../nbs/30_lrm.ipynb #b77ca6d3
 def run_pass(
@@ -288,7 +306,7 @@ def run_pass(
     steer=None,  # an object with .gains and .replace, or None
 ) -> State:  # h: {source: what it says now}; y: the output
     """One pass of the backbone in which the destinations are modulated; nothing is left on the modules."""
-    first, gains = not memo, None if steer is None else steer.gains
+    first, gains, stored, reached = not memo, None if steer is None else steer.gains, [], set()
     fired = {} if first else {name: memo[name] for name in model.early}
 
     def answer(name, k, compute):
@@ -297,15 +315,26 @@ def run_pass(
         if first and keep:
             memo[name, k] = output
         if name in model.modulations:
+            reached.add(name)
             modulated = model.modulations[name](output, {**before, **fired} if model.motif == "published" else before, gains)
             output, keep = modulated, keep and modulated is output
         if name in model.sources:
             fired[name] = output
-        return output.clone() if name in model.copied and (keep or name in model.sources) else output
+        if not keep and name not in model.sources:
+            return output
+        if name in model.copied:
+            return tree_map(lambda leaf: leaf.clone() if torch.is_tensor(leaf) else leaf, output)
+        if torch.is_tensor(output) and not torch.compiler.is_compiling() and not output.is_inference():
+            stored.append((name, output, output._version))
+        return output
 
     y = _run(model, x, answer)
-    if silent := [name for name in model.sources if name not in fired]:
-        raise ValueError(f"source {silent[0]!r} did not fire for this input, though it did for the example the model was built with")
+    for name, output, version in stored:
+        if output._version != version:
+            raise RuntimeError(f"the backbone wrote into the output of {name!r} after it was stored, though it did not for the example the model was built with; use an operation that is not in place there")
+    for role, names, seen in (("source", model.sources, fired), ("destination", (c.destination for c in model.connections), reached)):
+        if silent := [name for name in names if name not in seen]:
+            raise ValueError(f"{role} {silent[0]!r} did not fire for this input, though it did for the example the model was built with")
     if first:
         memo.update({name: fired[name] for name in model.early})
     fired = {name: fired[name] for name in model.sources}
@@ -315,7 +344,7 @@ def run_pass(
 def _run(model, x, answer):
     try:
         return model.splice.run(model.backbone, x, answer)
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+    except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
         shape = tuple(x.shape) if torch.is_tensor(x) else type(x).__name__
         if torch.is_tensor(x) and tuple(x.shape[1:]) == model.built or isinstance(error, torch.OutOfMemoryError):
             raise
@@ -379,7 +408,7 @@ def fetch_weights(
     """Download a weights file once and check it; `ValueError` when its checksum is not the one in its name, `OSError` when there is no way to it."""
     from feedback_nb.data import cache_folder
 
-    name = url.rsplit("/", 1)[1]
+    name = url.rsplit("/", 1)[-1]
     found = re.search(r"-([0-9a-f]{8,64})\.[a-z]+$", name)
     if found is None:
         raise ValueError(f"{name!r} holds no checksum; expected a name such as weights-0123456789.pth")
@@ -390,7 +419,7 @@ def fetch_weights(
             torch.hub.download_url_to_file(url, str(path), hash_prefix=found[1], progress=False)
         except RuntimeError as error:
             raise ValueError(f"{url} gave a file that is not {name!r} ({error}); try again, or fetch it by hand and pass weights=path") from error
-        except OSError as error:
+        except (OSError, HTTPException) as error:
             raise OSError(f"{url} could not be fetched ({error}); fetch it by hand and pass weights=path") from error
     if not _sha256(path).startswith(found[1]):
         raise ValueError(f"{path} is damaged: its sha256 is {_sha256(path)[:10]}…, expected {found[1]}…; delete it and try again")
@@ -410,6 +439,8 @@ def read_weights(
     for key in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} holds {type(state).__name__}, expected a state dict: names and tensors")
     return state
 
 # %% ../nbs/30_lrm.ipynb #7149e5f5
@@ -440,6 +471,10 @@ def load_published(
     """Load released weights, all or nothing; `ValueError` lists every missing, unexpected and mis-shaped key."""
     if model.motif != "published":
         raise ValueError('released weights belong to the published motif; build the model with motif="published"')
+    if not isinstance(state_dict, dict):
+        raise ValueError(f"state_dict must be a dict of names and tensors, got {type(state_dict).__name__}; read a file with read_weights(path)")
+    if any(p.is_meta for p in model.parameters()):
+        raise ValueError('a model on the "meta" device holds no numbers, so no weights can be loaded; build it on a real device')
     for key in ("model", "state_dict"):
         state_dict = state_dict[key] if isinstance(state_dict.get(key), dict) else state_dict
     ours, own = {_spelling(key): (key, name) for key, name in released_keys(model).items()}, model.state_dict()

@@ -11,6 +11,7 @@ __all__ = ['Steer', 'one_hot', 'contrast', 'instance', 'Prototypes', 'prototype'
 import math
 from collections.abc import Callable, Sequence
 from itertools import combinations
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -24,11 +25,21 @@ from .training import batches, kept_modes, kept_random_state
 def _gains(gain) -> tuple:
     """(negative, positive), checked."""
     pair = tuple(gain) if isinstance(gain, (tuple, list)) else (gain, gain)
-    if len(pair) != 2 or not all(0 <= float(g) < math.inf for g in pair):
+    if len(pair) != 2 or not all((isinstance(g, Real) or torch.is_tensor(g) and g.dim() == 0) and 0 <= g < math.inf for g in pair):
         raise ValueError(f"gain must be one finite number ≥ 0 or a pair (negative, positive) of them, got {gain!r}")
     return pair
 
 
+def _check_blend(blend, from_first_pass: bool):
+    if not torch.is_tensor(blend):
+        if not 0 <= blend <= 1:
+            raise ValueError(f"blend must be in [0, 1] (0 keeps the source's own output, 1 replaces it), got {blend}")
+    elif blend.dim() != 4 or blend.shape[1] != 1 or not blend.numel() or not ((blend >= 0) & (blend <= 1)).all():
+        raise ValueError(f"a blend map must be (B or 1, 1, h, w) with values in [0, 1], got shape {tuple(blend.shape)} with values from {blend.min() if blend.numel() else '–'} to {blend.max() if blend.numel() else '–'}")
+    elif from_first_pass:
+        raise ValueError("a blend map cannot steer the first pass: there is no output yet to keep outside of it; leave from_first_pass at False")
+
+# %% ../nbs/35_steering.ipynb #9c6ea921
 class Steer:
     """What to put in the place of a source's own output, for one call: `model.trajectory(x, steer=Steer(...))`."""
 
@@ -37,7 +48,7 @@ class Steer:
         source: str,  # a source layer of the model
         vector: torch.Tensor,  # floating point: (C,) for all examples, (B, C) for one each, (B or 1, C, h, w) for a vector at every place
         gain: "float | tuple[float, float]" = 1.0,  # factor on σ⁻ and σ⁺ of this source's connections, or a pair; the paper's α
-        blend: float = 1.0,  # β: how much of the source's own output is replaced
+        blend: "float | torch.Tensor" = 1.0,  # β: how much of the source's own output is replaced; a map (B or 1, 1, h, w) for a β at every place
         from_first_pass: bool = False,  # steer the very first pass too (there is no output to blend with then: the vector stands alone)
     ):
         if not torch.is_tensor(vector) or not vector.is_floating_point():
@@ -46,14 +57,15 @@ class Steer:
             raise ValueError(f"vector must be (C,), (B, C) or (B, C, h, w), got shape {tuple(vector.shape)}")
         if not vector.isfinite().all():
             raise ValueError("the steering vector holds a value that is not finite")
-        if not 0 <= blend <= 1:
-            raise ValueError(f"blend must be in [0, 1] (0 keeps the source's own output, 1 replaces it), got {blend}")
+        _check_blend(blend, from_first_pass)
         self.sources, self.source = (source,), source
         self.vector = vector[None] if vector.dim() == 1 else vector
         self.gains, self.blend, self.from_first_pass = {source: _gains(gain)}, blend, from_first_pass
 
     def replace(self, stored: dict) -> dict:  # {source: tensor} after a pass ({} before the first) -> {source: its replacement}
         """What stands in the source's place in the next pass."""
+        if torch.is_tensor(self.blend):
+            return {self.source: _blended(stored[self.source], self.vector, self.blend, self.source)}
         if self.blend == 0:
             return {}
         if self.source not in stored:
@@ -62,13 +74,13 @@ class Steer:
         return {self.source: vector.expand_as(own) if self.blend == 1 else torch.lerp(own, vector, self.blend)}
 
     def __repr__(self):
-        return f"Steer({self.source!r}, vector of shape {tuple(self.vector.shape)}, gain={self.gains[self.source]}, blend={self.blend}, from_first_pass={self.from_first_pass})"
+        blend = f"map of shape {tuple(self.blend.shape)}" if torch.is_tensor(self.blend) else self.blend
+        return f"Steer({self.source!r}, vector of shape {tuple(self.vector.shape)}, gain={self.gains[self.source]}, blend={blend}, from_first_pass={self.from_first_pass})"
 
 # %% ../nbs/35_steering.ipynb #b972d26a
 def _aligned(own: torch.Tensor, vector: torch.Tensor, source: str) -> tuple:
     """The source's output and the vector in one shape, on the output's device and dtype."""
-    channels, at = vector.shape[1], own.dim() - 1 if own.dim() == 3 and own.shape[2] == vector.shape[1] else 1
-    if own.shape[at] != channels:
+    if own.shape[1] != vector.shape[1]:  # the model hands its sources over with their channels at 1
         raise ValueError(f"steering {source!r} needs a vector of {own.shape[1]} channels, got shape {tuple(vector.shape)}")
     if len(vector) not in (1, len(own)):
         raise ValueError(f"steering {source!r}: {len(vector)} vectors for a batch of {len(own)}; give one vector, or one for each example")
@@ -79,7 +91,19 @@ def _aligned(own: torch.Tensor, vector: torch.Tensor, source: str) -> tuple:
             raise ValueError(f"steering {source!r}: a vector at every place (B, C, h, w) needs a source of vectors or maps, this one gives shape {tuple(own.shape)}")
         vector = vector if own.shape[2:] == (1, 1) else F.interpolate(vector, size=own.shape[2:], mode="bilinear")
         return own.expand(-1, -1, *vector.shape[2:]), vector
-    return own, vector.view(len(vector), *(channels if i == at else 1 for i in range(1, own.dim())))
+    return own, vector.view(*vector.shape, *[1] * (own.dim() - 2))
+
+# %% ../nbs/35_steering.ipynb #770c8725
+def _blended(own: torch.Tensor, vector: torch.Tensor, blend: torch.Tensor, source: str) -> torch.Tensor:
+    """β·vector + (1-β)·own with a β at every place: where it is 0 the source's own output stays, to the last bit."""
+    if len(blend) not in (1, len(own)):
+        raise ValueError(f"steering {source!r}: {len(blend)} blend maps for a batch of {len(own)}; give one, or one for each example")
+    vector = vector if vector.dim() == 4 else vector[:, :, None, None].expand(-1, -1, *blend.shape[2:])
+    own, vector = _aligned(own, vector, source)
+    blend = blend.to(own)
+    if blend.shape[2:] != own.shape[2:]:
+        blend = F.interpolate(blend, size=own.shape[2:], mode="bilinear")
+    return torch.lerp(*torch.broadcast_tensors(own, vector, blend))
 
 # %% ../nbs/35_steering.ipynb #32339144
 def one_hot(
@@ -120,7 +144,7 @@ def instance(
     *,
     steps: "int | None" = None,  # after how many modulated passes; None: the model's own; 0: the plain pass
 ) -> torch.Tensor:  # (B, C), or as the source's output is shaped
-    """What a source says of these very pictures, in eval mode."""
+    """What a source says of these very pictures, in eval mode; of tokens (B, N, C) take `.mean(1)` to steer with."""
     name = _source(model, source)
     with kept_modes(model):
         model.eval()
@@ -128,7 +152,7 @@ def instance(
 
 # %% ../nbs/35_steering.ipynb #c3a0ac06
 class Prototypes(NamedTuple):
-    """Means over categories; index `mean` by class for a steering vector."""
+    """Means over categories; index `mean` by class for a steering vector, by `[c : c + 1]` where the source gives maps."""
 
     mean: torch.Tensor  # (classes, C, …)
     stderr: torch.Tensor  # standard error of every mean (n-1), (classes, C, …); NaN for a class of one example
@@ -149,9 +173,9 @@ def prototype(
     device, moments = next(model.parameters()).device, None
     with kept_random_state(device):  # reading data seeds the generators
         for _, _, (x, y) in batches(data, batch_size):
-            a, y = instance(model, x.to(device), source, steps=steps).double(), y.to(device)
-            if n_classes is not None and int(y.max()) >= n_classes:
-                raise ValueError(f"label {int(y.max())} is outside of the {n_classes} classes")
+            a = instance(model, x.to(device), source, steps=steps)
+            kind, a = a.dtype, (a.cpu() if a.device.type == "mps" else a).double()  # Metal has no float64
+            y = _labels(y, n_classes).to(a.device)
             moments = _merged(moments, a, y, max(known, int(y.max()) + 1, 0 if moments is None else len(moments[0])))
     if moments is None:
         raise ValueError("the data hold no example; a prototype is a mean over at least one")
@@ -159,7 +183,19 @@ def prototype(
     if (count == 0).any():
         raise ValueError(f"class {int((count == 0).nonzero()[0])} has no example, so it has no prototype; give it one, or pass n_classes")
     per = count.view(-1, *[1] * (mean.dim() - 1))
-    return Prototypes(mean.float(), (squares / (per - 1) / per).sqrt().float(), count)
+    kind = torch.promote_types(kind, torch.float32)
+    return Prototypes(*(leaf.to(device, kind) for leaf in (mean, (squares / (per - 1) / per).sqrt())), count.to(device))
+
+
+def _labels(y, n_classes: "int | None") -> torch.Tensor:
+    """Class numbers as a tensor (B,), checked."""
+    y = torch.as_tensor(y)
+    if y.dim() != 1 or y.is_floating_point() or (y < 0).any():
+        raise ValueError(f"labels must be class numbers ≥ 0 in one dimension, got {y.dtype} of shape {tuple(y.shape)}" + (f" with {y.min()}" if y.numel() else ""))
+    if n_classes is not None and (y >= n_classes).any():
+        raise ValueError(f"label {int(y.max())} is outside of the {n_classes} classes")
+    return y
+
 
 # %% ../nbs/35_steering.ipynb #0c343704
 def _merged(old, a: torch.Tensor, y: torch.Tensor, n: int) -> tuple:
@@ -230,7 +266,8 @@ def triplets(
     for i, (a, b) in enumerate(combinations(classes, 2)):
         others = [c for c in classes if c not in (a, b)]
         absent = [others[(i + k) % len(others)] for k in range(per_pair)]
-        third = torch.stack([draw(c, 1)[0] for c in absent])
+        turns = {c: draw(c, absent.count(c)) for c in dict.fromkeys(absent)}
+        third = torch.stack([turns[c][k // len(others)] for k, c in enumerate(absent)])
         shown = torch.stack([draw(a, per_pair), draw(b, per_pair)], 1)
         swap = torch.rand(per_pair, generator=generator) < 0.5  # which of them is on the left
         rows.append(torch.cat([torch.where(swap[:, None], shown.flip(1), shown), third[:, None]], 1))
@@ -264,6 +301,22 @@ class Search(NamedTuple):
         return {"hits": h.tolist(), "false_alarms": f.tolist(), "a_prime": a_prime(h, f).tolist()}
 
 
+def _looks(model: LRM, x, steers: list, steps: "int | None"):
+    """Outputs of every pass for one steered call after the other; a plain first pass is run once for all."""
+    steps = model.steps if steps is None else steps
+    if model.tol is not None or model.at_once or any(steer.from_first_pass for steer in steers):
+        yield from (model.trajectory(x, steps=steps, steer=steer).outputs for steer in steers)
+        return
+    plain = model.start(x)
+    for steer in steers:
+        state, outputs = plain._replace(h=model._steered(plain.h, steer)), [plain.y]
+        for _ in range(steps):
+            state = model.step(x, state, steer=steer)
+            outputs.append(state.y)
+        model._check(x, outputs, steps, {"steer": steer})
+        yield outputs
+
+
 @torch.no_grad()
 def search(
     model: LRM,
@@ -279,19 +332,17 @@ def search(
     batch_size: int = 128,  # composites at a time
     **how,  # as for `Steer`: gain, blend, from_first_pass
 ) -> Search:
-    """Look for each of the three classes of every triplet; one steered call for the three."""
-    name, device, said = _source(model, source), next(model.parameters()).device, []
+    """Look for each of the three classes of every triplet; the plain pass, the same for the three, runs once."""
+    name, device, said, y = _source(model, source), next(model.parameters()).device, [], _labels(y, None)
     if by not in ("class", "picture") or len(vectors) < (len(x) if by == "picture" else int(y.max()) + 1):
         raise ValueError(f"by must be 'class' or 'picture', with a vector for each; got {by!r} and {len(vectors)} vectors")
     with kept_modes(model):
         model.eval()
         for rows in three.split(batch_size):
             shown = compose(x[rows[:, 0]], x[rows[:, 1]]).to(device)
-            target = rows.T.reshape(-1)  # first, second, absent
-            vector = vectors[target if by == "picture" else y[target]]
-            outputs = model.trajectory(shown.repeat(3, 1, 1, 1), steps=steps, steer=Steer(name, vector, **how)).outputs
-            answer = torch.stack([output.argmax(1) for output in outputs], 1).cpu()
-            said.append((answer == y[target].cpu()[:, None]).view(3, len(rows), -1))
+            steers = [Steer(name, vectors[target if by == "picture" else y[target]], **how) for target in rows.T]  # first, second, absent
+            answers = torch.stack([torch.stack([output.argmax(1) for output in outputs], 1).cpu() for outputs in _looks(model, shown, steers, steps)])
+            said.append(answers == y[rows.T].cpu()[..., None])
     right = torch.cat(said, 1)
     return Search(right[:2].transpose(0, 1), right[2])
 
@@ -390,7 +441,7 @@ class TextPrior(nn.Module):
         weight_decay: float = 0.01,
         seed: int = 0,
     ) -> list:  # loss of every step ("diffusion"), or the chosen penalty alone ("ridge")
-        """Learn the map; the same seed gives the same map, and the caller's random state is left as it was."""
+        """Learn the map; the same seed and the same first weights give the same map, and the caller's random state is left as it was."""
         text, prototypes = self._checked(text, self.text_dim, "text"), self._checked(prototypes, self.out_dim, "prototypes")
         if len(text) != len(prototypes) or len(text) < 2:
             raise ValueError(f"fit needs at least two pairs, got {len(text)} texts and {len(prototypes)} prototypes")

@@ -23,6 +23,7 @@ from torch.testing import assert_close
 from feedback_nb import lrm
 from feedback_nb.feedback import stepwise_loss, tap
 from feedback_nb.lrm import LRM, Connection, Modulation, alexnet_lrm, fetch_weights, load_published, read_weights, released_keys
+from feedback_nb.steering import Steer
 
 GOLDENS = Path(__file__).parent / "goldens"
 MOTIFS = ["paper", "published"]
@@ -579,6 +580,99 @@ def test_double_and_channels_last_dims():
     assert model(x).dtype == torch.float64
 
 
+# ------------------------------------------------------------ networks of residual blocks, connected from block to block
+
+
+def blocks_resnet():
+    from torchvision.models.resnet import BasicBlock
+
+    stage = lambda a, b, stride: BasicBlock(a, b, stride, None if a == b else nn.Sequential(nn.Conv2d(a, b, 1, stride, bias=False), nn.BatchNorm2d(b)))
+    stem = [("conv1", nn.Conv2d(3, 6, 3, 2, 1, bias=False)), ("bn1", nn.BatchNorm2d(6)), ("relu", nn.ReLU(inplace=True))]
+    stages = [(f"layer{i + 1}", nn.Sequential(stage(a, b, s), stage(b, b, 1))) for i, (a, b, s) in enumerate([(6, 6, 1), (6, 8, 2), (8, 10, 2)])]
+    return nn.Sequential(OrderedDict([*stem, *stages, ("avgpool", nn.AdaptiveAvgPool2d(1)), ("flatten", nn.Flatten()), ("fc", nn.Linear(10, 5))]))
+
+
+BLOCKS = {
+    "resnet-sum": (blocks_resnet, [("layer3.1", "layer1.1"), ("fc", "layer2.1"), ("fc", "layer3.1")]),
+    "resnet-branch": (blocks_resnet, [("layer3.1", "layer1.1.bn2"), ("fc", "layer2.1.bn2"), ("fc", "layer3.1.bn2")]),
+    "convnext-sum": (convnext, [("features.5.0", "features.1.0"), ("classifier.2", "features.3.0"), ("classifier.2", "features.5.0")]),
+    "convnext-branch": (convnext, [("features.5.0", "features.1.0.block"), ("classifier.2", "features.3.0.block"), ("classifier.2", "features.5.0.block")]),
+    "vit-sum": (vit, [(f"encoder.layers.encoder_layer_{a}", f"encoder.layers.encoder_layer_{b}") for a, b in ((1, 0), (2, 1))] + [("heads.head", "encoder.layers.encoder_layer_2")]),
+    "vit-branch": (vit, [("encoder.layers.encoder_layer_2", "encoder.layers.encoder_layer_0.mlp"), ("heads.head", "encoder.layers.encoder_layer_2.mlp")]),
+}
+residual_blocks = pytest.mark.parametrize("kind", BLOCKS)
+
+
+def between_blocks(kind, **options):
+    torch.manual_seed(0)
+    make, pairs = BLOCKS[kind]
+    net, x = make(), torch.randn(3, 3, 32, 32)
+    return net, LRM(net, options.pop("pairs", pairs), example=x[:1], **options), x
+
+
+@residual_blocks
+@pytest.mark.parametrize("mode", ["multiply", "add"])
+def test_between_blocks_no_drive_or_no_pass_is_the_backbone_exactly(kind, mode):
+    net, model, x = between_blocks(kind, mode=mode, steps=2)
+    for training in (False, True):
+        model.train(training)
+        before = copy.deepcopy(net)
+        plain = copy.deepcopy(before)(x)
+        assert torch.equal(model(x, steps=0), plain)
+        net.load_state_dict(before.state_dict())  # batch norm's statistics of a training pass
+    model.eval()
+    plain, answer = net(x), model(x)
+    assert not torch.allclose(answer, plain, atol=1e-4)
+    with torch.no_grad():
+        for name, p in model.modulations.named_parameters():
+            if name.endswith((".pos", ".neg")):
+                p.zero_()
+    assert all(torch.equal(output, plain) for output in model.trajectory(x).outputs)
+
+
+@residual_blocks
+def test_between_blocks_order_copies_and_gradients(kind):
+    _, model, x = between_blocks(kind)
+    _, turned, _ = between_blocks(kind, pairs=BLOCKS[kind][1][::-1])
+    model.eval(), turned.eval()
+    answer = model(x)
+    assert torch.equal(turned(x), answer)  # built alike and in one order, whatever the list's
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.add_(0.1)
+        for name, p in model.modulations.named_parameters():
+            if name.endswith(".u"):
+                p.add_(0.1)  # so that a source behind a ReLU has values below its u
+    answer = model(x)
+    assert not torch.allclose(twin(x), answer) and torch.equal(model(x), answer)
+    stepwise_loss(model.train().trajectory(x), torch.arange(3)).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.abs().max() > 0 for p in model.modulations.parameters())
+
+
+@residual_blocks
+def test_between_blocks_any_image_the_backbone_takes(kind):
+    net, model, _ = between_blocks(kind)
+    model.eval()
+    other = torch.randn(2, 3, 48, 40)
+    if kind.startswith("vit"):
+        with pytest.raises(ValueError, match=r"VisionTransformer\) does not take x of shape \(2, 3, 48, 40\): Wrong image height"):
+            model(other)
+        return
+    assert torch.equal(model(other, steps=0), net(other)) and model(other).shape == (2, 5)
+    assert not torch.allclose(model(other), net(other), atol=1e-4)
+
+
+def test_tokens_drive_tokens_and_the_output_drives_all_alike():
+    _, model, _ = between_blocks("vit-sum")
+    inner, outer = model.modulations["encoder.layers.encoder_layer_0"], model.modulations["encoder.layers.encoder_layer_2"]
+    tokens, said = torch.randn(2, 17, 16), torch.zeros(2, 17, 16)
+    said[:, 0] = 1  # the class token alone speaks
+    moved = (inner(tokens, {"encoder.layers.encoder_layer_1": said}) - tokens).abs().sum(2)
+    assert (moved[:, 0] > 0).all() and (moved[:, 1:] == 0).all()
+    assert outer.field(tokens, {"heads.head": torch.randn(2, 5)}).shape == (2, 1, 16)
+
+
 # ------------------------------------------------------------ AlexNet and the released weights
 
 
@@ -817,3 +911,185 @@ def test_a_value_that_is_not_finite_names_layer_and_step(motif):
         model.modulations["features.5"].drives["classifier.1"].conv.weight.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="layer 'features.6' is not finite at step 1 of 1"):
         model(x)
+
+
+class Fickle(nn.Module):
+    """A layer that only large images reach."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4, 5)
+
+    def forward(self, x):
+        h = self.a(x)
+        return self.head((self.b(h) if x.shape[-1] > 8 else h).mean((2, 3)))
+
+
+def test_a_source_that_is_silent_for_an_input_is_named():
+    model = LRM(Fickle(), [("b", "a")], example=torch.zeros(1, 3, 12, 12))
+    with pytest.raises(ValueError, match="source 'b' did not fire for this input"):
+        model(torch.zeros(1, 3, 6, 6))
+    model = LRM(Fickle(), [("head", "b")], example=torch.zeros(1, 3, 12, 12))
+    with pytest.raises(ValueError, match="destination 'b' did not fire for this input"):
+        model(torch.zeros(1, 3, 6, 6))
+
+
+def test_running_out_of_memory_is_not_blamed_on_the_image(monkeypatch):
+    model = LRM(tiny(), CONNECTIONS, example=X)
+
+    def full(*args):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(model.backbone.features[3], "_conv_forward", full)
+    with pytest.raises(torch.OutOfMemoryError, match="no memory"):
+        model(torch.zeros(1, 3, 40, 40))
+
+
+@pytest.mark.parametrize("under", ["model", "state_dict"])
+def test_a_wrapped_state_dict_loads_without_a_file(under):
+    torch.manual_seed(0)
+    model, twin = published(), LRM(tiny(), CONNECTIONS, example=X, motif="published")
+    load_published(twin, {under: release(model), "epoch": 3})
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(twin(x), model(x))
+
+
+@every
+def test_an_exception_in_the_middle_of_a_steered_pass_leaves_nothing(motif, monkeypatch):
+    _, model, x = build("tiny", motif, steps=2)
+    plain, runs, conv = model(x), [], model.backbone.features[5]
+    whole = conv._conv_forward
+
+    def breaks(*args):
+        runs.append(1)
+        if len(runs) == 2:
+            raise KeyError("in the middle")
+        return whole(*args)
+
+    monkeypatch.setattr(conv, "_conv_forward", breaks)
+    with pytest.raises(KeyError, match="in the middle"):
+        model(x, steer=Steer("classifier.2", torch.ones(10), gain=4))
+    monkeypatch.undo()
+    assert torch.equal(model(x), plain) and torch.equal(model.backbone(x), model(x, steps=0))
+
+
+def test_connections_may_come_from_a_zip():
+    model = LRM(tiny(), zip(["classifier.2"], ["features.3"]), example=X)
+    assert model.connections == [Connection("classifier.2", "features.3")]
+    with pytest.raises(ValueError, match="at least one"):
+        LRM(tiny(), iter(()), example=X)
+
+
+def test_a_backbone_may_return_a_dictionary():
+    class Named(Spare):
+        def forward(self, x):
+            return {"logits": super().forward(x)}
+
+    model = LRM(Named(), [("head", "used")], example=X)
+    assert model(X)["logits"].shape == (1, 2)
+
+
+def test_building_under_autocast_keeps_the_backbones_dtype():
+    with torch.autocast("cpu", torch.bfloat16):
+        model = LRM(tiny(), CONNECTIONS, example=X)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_a_source_written_into_in_training_only_is_named():
+    class Drops(Spare):
+        def forward(self, x):
+            return self.head(F.dropout(self.used(x), 0.5, self.training, inplace=True).mean((2, 3)))
+
+    for pair in (("head", "used"), ("used", "head")):  # kept as the first destination, stored as a source
+        model = LRM(Drops(), [pair], example=X)
+        model.eval()(X + 1)
+        with pytest.raises(RuntimeError, match="wrote into the output of 'used'"):
+            model.train()(X + 1)
+
+
+def test_an_early_layer_may_return_several_tensors_that_are_written_into():
+    class Stem(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3, padding=1)
+
+        def forward(self, x):
+            h = self.conv(x)
+            return h, torch.tanh(h)
+
+    class Forks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.used, self.head = Stem(), nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4, 5)
+
+        def forward(self, x):
+            a, b = self.stem(x)
+            return self.head(self.used(a + b.relu_()).mean((2, 3)))
+
+    torch.manual_seed(0)
+    x, net = torch.randn(2, 3, 8, 8), Forks()
+    plain = copy.deepcopy(net)(x)
+    model = LRM(net, [("head", "used")], example=x, steps=2)
+    with torch.no_grad():
+        model.modulations["used"].drives["head"].conv.weight.zero_()
+    assert all(torch.equal(y, plain) for y in model.trajectory(x).outputs)
+
+
+def test_data_parallel_is_refused_by_name():
+    with pytest.raises(RuntimeError, match="DistributedDataParallel"):
+        LRM(tiny(), CONNECTIONS, example=X)._replicate_for_data_parallel()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_inside_the_backbone_is_named_and_around_the_model_works(reentrant):
+    from torch.utils.checkpoint import checkpoint
+
+    class Saves(Spare):
+        def forward(self, x):
+            return self.head(checkpoint(self.used, x, use_reentrant=reentrant).mean((2, 3)))
+
+    x = torch.randn(2, 3, 8, 8, requires_grad=True)
+    model = LRM(Saves(), [("head", "used")], example=x.detach())
+    with pytest.raises(RuntimeError, match="'used' is run again in the backward pass"):
+        model(x).sum().backward()
+    model.backbone(x).sum().backward()  # the network on its own may
+    model = LRM(Spare(), [("head", "used")], example=x.detach())
+    straight = torch.autograd.grad(model(x).square().sum(), x)[0]
+    assert_close(torch.autograd.grad(checkpoint(model, x, use_reentrant=False).square().sum(), x)[0], straight)
+
+
+def test_what_is_no_state_dict_is_named(tmp_path):
+    torch.save(torch.zeros(3), tmp_path / "tensor.pth")
+    with pytest.raises(ValueError, match="holds Tensor, expected a state dict"):
+        read_weights(tmp_path / "tensor.pth")
+    with pytest.raises(ValueError, match="got str; read a file with read_weights"):
+        load_published(published(), "weights.pth")
+    meta = published()
+    with pytest.raises(ValueError, match="meta"):
+        load_published(copy.deepcopy(meta).to("meta"), release(meta))
+
+
+@every
+def test_channels_are_steered_where_the_network_has_them(motif):
+    """Sequences as long as they have channels, tokens, and maps with the channels last."""
+
+    class Last(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.head = nn.Linear(3, 6), nn.Linear(6, 8), nn.Linear(8, 5)
+
+        def forward(self, x):
+            h = torch.tanh(self.b(torch.tanh(self.a(x))))
+            return self.head(h.flatten(1, -2).mean(1))
+
+    vector = torch.randn(8)
+    for make, pair, x, dims in (
+        (Speech, ("conv2", "conv1"), torch.randn(2, 4, 8), None),  # 8 channels, 8 positions
+        (Last, ("b", "a"), torch.randn(2, 8, 3), None),  # 8 tokens of 8 numbers
+        (Last, ("b", "a"), torch.randn(2, 8, 4, 3), {"a": 3, "b": 3}),
+    ):
+        model = LRM(make(), [pair], example=x, motif=motif, channel_dims=dims).eval()
+        stored = model.trajectory(x, steps=0, states=True, steer=Steer(pair[0], vector)).states[0][pair[0]]
+        assert_close(stored.movedim(model.sources[pair[0]].dim, -1), vector.expand(*stored.movedim(model.sources[pair[0]].dim, -1).shape))
+    with pytest.raises(ValueError, match="8 channels|vector of 8"):  # 4 is the number of rows
+        model(x, steer=Steer("b", torch.randn(4)))

@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "unet": {"feedback", "fixed_points", "data", "training", "evaluation", "plots"},
     "lrm": {"feedback", "fixed_points", "data", "training", "evaluation", "plots"},
     "steering": {"lrm", "feedback", "fixed_points", "data", "training", "evaluation", "plots"},
+    "signatures": {"feedback", "fixed_points", "data", "training", "evaluation", "plots"},
     "cbl": {"feedback", "fixed_points", "data", "training", "evaluation", "plots"},
 }
 LIGHT = "torchvision torchaudio pandas matplotlib sklearn scipy accelerate safetensors captum tqdm IPython PIL".split()
@@ -122,6 +123,13 @@ CONTRACT = {
         "side_by_side": ["a", "b"],
         "triplets": [],
         "a_prime": ["hits", "false_alarms"],
+    },
+    "signatures": {
+        "responses": ["model", "x", "layers", "steps", "steer"],
+        "moments": ["model", "data", "layers"],
+        "localize": ["moments", "target", "q"],
+        "signature": ["model"],
+        "brainscore": ["model", "preprocessing", "identifier"],
     },
     "evaluation": {"compare": ["factories", "data", "seeds"], "cost": ["model", "example"], "noise_curve": [], "fgsm_curve": [], "pgd_curve": []},
 }

@@ -1,6 +1,7 @@
 """Steering: what one call does and leaves, the released code's numbers, the vectors, composites, scores, and priors from text."""
 
 import json
+import math
 import sys
 import types
 from pathlib import Path
@@ -22,6 +23,7 @@ from feedback_nb.steering import (
     TextPrior,
     a_prime,
     contrast,
+    cosine_schedule,
     instance,
     one_hot,
     overlay,
@@ -392,3 +394,251 @@ def test_text_embeddings_by_any_encoder_or_by_open_clip(monkeypatch):
     found = text_embeddings(["bag"], "ViT-B-32", pretrained="openai")
     assert seen == {"name": "ViT-B-32", "pretrained": "openai"}
     assert_close(found, F.normalize(torch.tensor([[float(len("a photo of a bag")), 1.0]]), dim=1))
+
+
+def test_a_blend_map_steers_inside_and_leaves_the_rest_alone(x):
+    model, vector = small(), torch.randn(5)
+    left = torch.zeros(1, 1, 12, 12)
+    left[..., :6] = 1
+    modulation, own = model.modulations["conv1"], {k: v for k, v in model.trajectory(x, steps=0, states=True).states[0].items()}
+    o = torch.randn(4, 6, 12, 12)
+    field = lambda steer: modulation.field(o, {**own, **({} if steer is None else steer.replace(own))})
+    local, everywhere, nowhere = field(Steer("head", vector, blend=left)), field(Steer("head", vector)), field(None)
+    assert_close(local[..., :6], everywhere.expand_as(local)[..., :6])
+    assert_close(local[..., 6:], nowhere.expand_as(local)[..., 6:])
+    assert not torch.allclose(everywhere, nowhere)
+    masked = field(Steer("head", vector[None, :, None, None] * left))  # 0 is a vector as any other: it is not "no steering"
+    assert not torch.allclose(masked[..., 6:], nowhere.expand_as(masked)[..., 6:])
+    assert_close(model(x, steer=Steer("head", vector, gain=2, blend=torch.ones(1, 1, 3, 4))), model(x, steer=Steer("head", vector, gain=2)))
+    assert_close(model(x, steer=Steer("head", vector, blend=torch.zeros(1, 1, 3, 4))), model(x))
+    assert_close(model(x, steer=Steer("head", vector, blend=torch.full((1, 1, 2, 2), 0.3))), model(x, steer=Steer("head", vector, blend=0.3)))
+    assert_close(model(x, steer=Steer("conv2", torch.ones(8), blend=torch.full((1, 1, 2, 2), 0.3))), model(x, steer=Steer("conv2", torch.ones(8), blend=0.3)))
+
+
+def test_blend_maps_are_one_for_each_example(x):
+    model, vectors, maps = small(), torch.randn(4, 5), torch.rand(4, 1, 4, 4)
+    together = model(x, steer=Steer("head", vectors, blend=maps))
+    for i in range(4):
+        assert_close(together[i : i + 1], model(x[i : i + 1], steer=Steer("head", vectors[i], blend=maps[i : i + 1])))
+    assert "map of shape (4, 1, 4, 4)" in repr(Steer("head", vectors, blend=maps))
+
+
+@pytest.mark.parametrize(
+    ("blend", "options", "words"),
+    [
+        (torch.ones(4, 4), {}, r"\(B or 1, 1, h, w\).*got shape \(4, 4\)"),
+        (torch.ones(1, 3, 4, 4), {}, r"got shape \(1, 3, 4, 4\)"),
+        (torch.full((1, 1, 4, 4), 1.5), {}, "values from 1.5"),
+        (torch.full((1, 1, 4, 4), torch.nan), {}, "values in"),
+        (torch.ones(1, 1, 0, 4), {}, "got shape"),
+        (torch.ones(1, 1, 4, 4), {"from_first_pass": True}, "first pass"),
+    ],
+)
+def test_bad_blend_maps_are_refused(blend, options, words):
+    with pytest.raises(ValueError, match=words):
+        Steer("head", torch.ones(5), blend=blend, **options)
+
+
+def test_a_blend_map_for_another_batch_is_refused(x):
+    with pytest.raises(ValueError, match="3 blend maps for a batch of 4"):
+        small()(x, steer=Steer("head", torch.ones(5), blend=torch.ones(3, 1, 2, 2)))
+
+
+def test_the_embedded_texts_have_a_finite_normalised_row_each():
+    from safetensors import safe_open
+
+    with safe_open(Path(__file__).parents[1] / "nbs" / "samples" / "texts.safetensors", "pt") as file:
+        rows, embedded = json.loads(file.metadata()["rows"]), file.get_tensor("embeddings")
+    assert embedded.shape == (len(rows), 512) and embedded.dtype == torch.float16 and embedded.isfinite().all()
+    assert_close(embedded.float().norm(dim=1), torch.ones(len(rows)), atol=1e-3, rtol=0)
+    kinds = {(s, c): sorted(k for s2, c2, k, _ in rows if (s2, c2) == (s, c)) for s in ("imagenette", "cifar10", "fashion-mnist", "mnist") for c in range(10)}
+    assert all(k == ["bare", "description", "description", "photo", "picture", "synonym", "synonym"] for k in kinds.values()) and 7 * len(kinds) == len(rows)
+    assert len({text for *_, text in rows}) == len(rows)  # no text stands for two classes
+    photo = [i for i, row in enumerate(rows) if row[2] == "photo"]
+    near = embedded.float() @ embedded[photo].float().T
+    same = [rows[i][:2] == rows[photo[j]][:2] for i, j in enumerate(near.argmax(1).tolist()) if rows[i][2] == "picture"]
+    assert sum(same) == 40  # the rows are of the texts that they are listed for
+
+
+@pytest.mark.parametrize("motif", ["paper", "published"])
+@pytest.mark.parametrize("first", [False, True])
+def test_vectors_of_another_dtype_are_brought_to_the_models(motif, first, x):
+    for model, images in ((small(motif), x), (small(motif).double(), x.double())):
+        vector = torch.randn(5, dtype=torch.float64)
+        said = [model(images, steer=Steer("head", vector.to(dtype), gain=2, from_first_pass=first)) for dtype in (torch.float32, torch.float64)]
+        assert all(s.dtype == images.dtype for s in said)
+        assert_close(*said, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_first_pass_takes_one_vector_or_one_for_each(n, batch, x):
+    with pytest.raises(ValueError, match=f"{n} vectors for a batch of {batch}"):
+        small()(x[:batch], steer=Steer("head", torch.randn(n, 5), from_first_pass=True))
+
+
+def test_a_published_source_that_is_overheard_at_once_cannot_be_steered(x):
+    pairs = [("relu1", "conv2"), ("head", "conv1")]
+    with pytest.raises(ValueError, match="'relu1' would change nothing"):
+        small("published", pairs)(x, steer=Steer("relu1", torch.randn(6)))
+    paper = small("paper", pairs)
+    assert not torch.allclose(paper(x, steer=Steer("relu1", 5 * torch.randn(6))), paper(x))
+
+
+@pytest.mark.parametrize("gain", [torch.tensor([1.0, 2.0]), "2", None])
+def test_a_gain_that_is_no_number_is_refused(gain):
+    with pytest.raises(ValueError, match="gain must be one finite number"):
+        Steer("head", torch.zeros(5), gain=gain)
+
+
+def test_a_prototype_may_be_of_any_pass(x):
+    model, data = small(steps=2), TensorDataset(x, torch.arange(4))
+    for steps in (0, 1, None):
+        assert_close(prototype(model, data, steps=steps).mean, instance(model, x, steps=steps))
+    assert not torch.allclose(instance(model, x, steps=0), instance(model, x))
+
+
+def test_map_vectors_are_resized_smoothly(x):
+    model, coarse = small(), torch.randn(1, 8, 2, 3)
+    fine = F.interpolate(coarse, size=(6, 6), mode="bilinear")
+    stored = model.trajectory(x, steps=0, states=True, steer=Steer("conv2", coarse)).states[0]["conv2"]
+    assert_close(stored, fine.expand(4, -1, -1, -1))
+
+
+def test_local_vectors_blend_too(x):
+    model, vector = small(), torch.randn(1, 8, 6, 6)
+    own = instance(model, x, "conv2", steps=0)
+    stored = model.trajectory(x, steps=0, states=True, steer=Steer("conv2", vector, blend=0.3)).states[0]["conv2"]
+    assert_close(stored, 0.3 * vector + 0.7 * own)
+
+
+def test_squeezing_averages_instead_of_dropping_columns():
+    stripes = torch.zeros(1, 1, 4, 16)
+    stripes[..., ::2] = 1  # every second column
+    squeezed = side_by_side(stripes, stripes, fit="squeeze")
+    assert squeezed[..., 2:-2].sub(0.5).abs().max() < 0.15
+
+
+def test_every_role_of_a_triplet_is_balanced():
+    y = torch.arange(5).repeat_interleave(40)
+    three = triplets(y, 60, seed=0)
+    kinds = y[three]
+    swapped = (kinds[:, 0] > kinds[:, 1]).float().mean()
+    assert 0.4 < swapped < 0.6  # either class may be the first
+    for pair in kinds[:, :2].sort(1).values.unique(dim=0):
+        rows = (kinds[:, :2].sort(1).values == pair).all(1)
+        absent = kinds[rows, 2].bincount(minlength=5)
+        assert absent[[c for c in range(5) if c not in pair.tolist()]].unique().tolist() == [20]  # each of the others in turn
+        assert len(three[rows, 2].unique()) == 60  # and no picture of them twice before all had their turn
+
+
+def test_search_by_picture_in_eval_mode_with_every_modes_kept():
+    model = small(steps=1)
+    model.backbone.relu2 = nn.Dropout(0.5)
+    model.train()
+    model.backbone.pool.eval()
+    x, y = torch.randn(12, 3, 12, 12, generator=torch.Generator().manual_seed(3)), torch.arange(12) % 4
+    three, vectors = triplets(y, 1), 6 * torch.randn(12, 5, generator=torch.Generator().manual_seed(4))
+    found = search(model, x, y, three, vectors, by="picture", gain=3.0)
+    assert model.training and model.backbone.relu2.training and not model.backbone.pool.training
+    model.eval()
+    shown = overlay(x[three[:, 0]], x[three[:, 1]])
+    with torch.no_grad():
+        right = [torch.stack([o.argmax(1) == y[three[:, k]] for o in model.trajectory(shown, steer=Steer("head", vectors[three[:, k]], gain=3.0)).outputs], 1) for k in range(3)]
+    assert torch.equal(found.hits, torch.stack(right[:2], 1)) and torch.equal(found.false_alarms, right[2])
+
+
+def test_the_cosine_schedule_by_hand():
+    kept, f = cosine_schedule(10), lambda t: math.cos((t / 10 + 0.008) / 1.008 * math.pi / 2) ** 2
+    assert_close(kept[:-1], torch.tensor([f(t) / f(0) for t in range(1, 10)]), rtol=1e-5, atol=1e-6)
+    assert 0 < kept[-1] <= 0.001 * kept[-2] * 1.001  # no single step takes more than 99.9 %
+
+
+class Believes(nn.Module):
+    """A denoiser whose belief is known in closed form: share(ᾱ_t) of what it sees, and a constant."""
+
+    def __init__(self, kept, share, constant):
+        super().__init__()
+        self.kept, self.share, self.constant = kept, share, constant
+
+    def forward(self, noisy, t, text, dropped=None):
+        return self.share(self.kept[t])[:, None] * noisy + self.constant
+
+
+def test_sampling_follows_the_reverse_process_in_closed_form():
+    prior = TextPrior(2, 3, depth=1, heads=1, head_dim=8, timesteps=12)
+    prior.fitted.fill_(True)
+    prior.mean.copy_(torch.tensor([1.0, 2, 3]))
+    prior.scale.fill_(2.0)
+    prior.net = Believes(prior.kept, lambda kept: 0 * kept, 0.7)
+    assert_close(prior(torch.zeros(4, 2), samples=5), (0.7 * 2 + prior.mean).expand(4, -1))  # certain of x₀: that is what comes out
+    prior.net = Believes(prior.kept, lambda kept: kept.sqrt(), 0.0)  # right for prototypes that are standard normal
+    said = (prior(torch.zeros(20_000, 2), samples=1, seed=3) - prior.mean) / 2
+    variance, kept = 1.0, [1.0, *prior.kept.double().tolist()]
+    for t in range(12, 0, -1):  # variance of x_{t-1} = (a √ᾱ_t + b)² x_t + noise, in the notation of Ho and others
+        beta = 1 - kept[t] / kept[t - 1]
+        a, b = kept[t - 1] ** 0.5 * beta / (1 - kept[t]), (1 - beta) ** 0.5 * (1 - kept[t - 1]) / (1 - kept[t])
+        variance = (a * kept[t] ** 0.5 + b) ** 2 * variance + beta * (1 - kept[t - 1]) / (1 - kept[t])
+    assert_close(said.var(0), torch.full((3,), variance), rtol=0.04, atol=0)
+    assert_close(said.mean(0), torch.zeros(3), rtol=0, atol=0.04)
+
+
+@pytest.mark.parametrize(("drop", "still"), [(1.0, "text.weight"), (0.0, "nothing")])
+def test_the_text_is_withheld_as_often_as_said(drop, still):
+    text, truth = pairs()
+    prior = TextPrior(6, 9, depth=1, heads=1, head_dim=8, timesteps=5, drop=drop)
+    before = {k: v.clone() for k, v in prior.net.state_dict().items()}
+    prior.fit(text, truth, steps=3, lr=1e-2, weight_decay=0)
+    after = prior.net.state_dict()
+    moved = {k for k in before if not torch.equal(before[k], after[k])}
+    assert still not in moved and {"text.weight", "nothing"} - {still} <= moved
+
+
+def test_a_diffusion_prior_survives_its_state_dict():
+    text, truth = pairs()
+    make = lambda: TextPrior(6, 9, depth=1, heads=1, head_dim=8, timesteps=5)
+    prior, again = make(), make()
+    prior.fit(text, truth, steps=2)
+    again.load_state_dict(prior.state_dict())
+    assert torch.equal(again(text, samples=3), prior(text, samples=3))
+
+
+@pytest.mark.parametrize("how", [{}, {"gain": 3.0}, {"blend": 0.4}, {"from_first_pass": True}])
+@pytest.mark.parametrize(("motif", "pairs"), [("paper", [("head", "conv1")]), ("published", [("head", "conv1")]), ("published", [("relu1", "conv2"), ("head", "conv1")])])
+def test_a_search_is_three_steered_calls_whatever_it_shares(motif, pairs, how):
+    model = small(motif, pairs, steps=2).eval()
+    x, y = 3 * torch.randn(15, 3, 12, 12, generator=torch.Generator().manual_seed(3)), [0, 1, 2, 3, 4] * 3  # labels may be a list
+    three, vectors = triplets(torch.tensor(y), 1), 6 * torch.randn(5, 5, generator=torch.Generator().manual_seed(4))
+    found = search(model, x, y, three, vectors, batch_size=4, **how)
+    y = torch.tensor(y)
+    with torch.no_grad():
+        shown = overlay(x[three[:, 0]], x[three[:, 1]])
+        calls = [model.trajectory(shown, steer=Steer("head", vectors[y[three[:, k]]], **how)).outputs for k in range(3)]
+    right = [torch.stack([o.argmax(1) == y[three[:, k]] for o in outputs], 1) for k, outputs in enumerate(calls)]
+    assert torch.equal(found.hits, torch.stack(right[:2], 1)) and torch.equal(found.false_alarms, right[2])
+    assert found.hits.any() and not found.hits.all()
+
+
+def test_a_search_runs_the_plain_pass_once_and_names_what_is_not_finite():
+    model = small(steps=1).eval()
+    runs, conv = [], model.backbone.conv2
+    conv.register_forward_hook(lambda *_: runs.append(1))
+    x, y = torch.randn(12, 3, 12, 12), torch.arange(12) % 4
+    search(model, x, y, triplets(y, 1), torch.randn(4, 5))
+    assert len(runs) == 1 + 3
+    with torch.no_grad():
+        model.modulations["conv1"].drives["head"].conv.weight.fill_(float("nan"))
+    with pytest.raises(FloatingPointError):
+        search(model, x, y, triplets(y, 1), torch.randn(4, 5))
+
+
+@pytest.mark.parametrize(("labels", "said"), [(torch.tensor([0, 1, -1, 2]), "≥ 0"), (torch.eye(4), "one dimension"), (torch.tensor([0.0, 1, 2, 3]), "float32")])
+def test_labels_that_are_no_class_numbers_are_refused(x, labels, said):
+    with pytest.raises(ValueError, match=said):
+        prototype(small(), TensorDataset(x, labels))
+
+
+def test_prototypes_keep_the_dtype_of_a_float64_model(x):
+    found = prototype(small().double(), TensorDataset(x.double(), torch.arange(4)))
+    assert found.mean.dtype == found.stderr.dtype == torch.float64
+    assert prototype(small(), TensorDataset(x, torch.arange(4))).mean.dtype == torch.float32
