@@ -360,7 +360,7 @@ def _run(name: str, seed: int, factory: Callable, data: tuple, settings: dict, m
         history = fit(model, train if valid is None else (train, valid), **{"progress": False, **settings, **own, "seed": seed}).frame
         trained = time.perf_counter()
         scores = evaluate(model, test)
-        more = measure(model, test) if measure else {}
+        more = measure(model.eval(), test) if measure else {}  # as `evaluate` tests it, whatever mode it was built in
     ended = time.perf_counter()
     last = history.iloc[-1].to_dict() if len(history) else {}
     row = {"model": name, "seed": seed, **{k: scores[k] for k in scores if k not in ("per_step", "n")}, **{k: last[k] for k in ("train_accuracy", "valid_accuracy") if k in last}}
@@ -489,7 +489,7 @@ def compare(
     per_model: Mapping[str, Mapping] | None = None,  # {name: settings for this model alone}
     results: str | Path | None = None,  # results file; runs it holds already are not repeated
     metric: str = "accuracy",  # column of a run that the tables are about
-    measure: Callable | None = None,  # (model, test) -> {column: number}, more columns for every run
+    measure: Callable | None = None,  # (model in eval mode, test) -> {column: number}, more columns for every run
     checkpoints: str | Path | None = None,  # folder for the runs' own checkpoints, so that a killed run goes on in the middle
     workers: int = 1,  # runs at a time; more than one: processes with one thread each
     progress: bool = True,  # a progress bar over the runs

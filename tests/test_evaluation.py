@@ -361,6 +361,14 @@ def test_compare_refuses_before_anything_is_trained(how, error, words):
         compare(**{"factories": {"a": net}, "data": DATA, **how}, fit=None, evaluate=None)
 
 
+@pytest.mark.parametrize("how", [{}, {"fit": quick_fit, "evaluate": quick_test}])
+def test_measure_gets_the_network_in_eval_mode(how):
+    """Batch norm in training mode would answer from the batch it is shown, and learn from the test data."""
+    made, modes = lambda: nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3)), []
+    compare({"a": made}, DATA, range(2), settings={"epochs": 1}, progress=False, measure=lambda model, test: modes.append([m.training for m in model.modules()]) or {}, **how)
+    assert len(modes) == 2 and not any(map(any, modes))
+
+
 def test_columns_that_are_not_there_are_named():
     runs = quick({"a": net}, DATA, range(2), measure=lambda model, test: {"zeros": int((model.weight == 0).sum()), "broken": math.nan})
     assert runs.scores("a", "zeros") == {0: 0, 1: 0}
