@@ -8,6 +8,7 @@ __all__ = ['OPTIMIZERS', 'SCHEDULES', 'seed_all', 'kept_random_state', 'batch_or
            'first_non_finite', 'fit']
 
 # %% ../nbs/03_training.ipynb #fd6148f4
+import atexit
 import contextlib
 import functools
 import hashlib
@@ -529,6 +530,15 @@ def _warn_alone(environ):
                       "Use `torchrun --nproc-per-node 2 script.py`, or accelerate launch with --multi_gpu in place of --cpu", stacklevel=5)
 
 # %% ../nbs/03_training.ipynb #385e8397
+def _leave():
+    """Close the process group before Python ends; a thread of gloo that lets go of a tensor after that aborts a process that has done all its work."""
+    from torch import distributed
+
+    if distributed.is_initialized() and getattr(sys, "last_value", None) is None:  # after an error others may still be waiting in it
+        distributed.destroy_process_group()
+        time.sleep(0.2)  # where DDP was used the threads live on, and let go of their last tensor a moment after its work is reported done
+
+
 @contextlib.contextmanager
 def _accelerator(device, precision, tracker, folder):
     """An Accelerator of our own; accelerate's process-wide state is put back afterwards."""
@@ -549,6 +559,7 @@ def _accelerator(device, precision, tracker, folder):
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:  # with several processes the process group lives on
         shared.append(PartialState._shared_state)
     before = [dict(state) for state in shared]
+    grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
     place = {"ACCELERATE_TORCH_DEVICE": str(device)} if device is not None and device.index is not None else {}
     try:
         for state in shared:
@@ -557,6 +568,8 @@ def _accelerator(device, precision, tracker, folder):
         with patch_environment(**place):
             accelerator = Accelerator(cpu=cpu, mixed_precision=precision, log_with=tracker, project_dir=folder,
                                       gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1))
+        if not grouped and torch.distributed.is_available() and torch.distributed.is_initialized():
+            atexit.register(_leave)
         yield accelerator
     finally:
         for state, old in zip(shared, before):

@@ -965,6 +965,24 @@ def test_after_a_restart_processes_meet_under_a_name_of_their_own():
     assert done.stdout.strip() == "1 True {'attempt 1'}", done.stdout + done.stderr[-4000:]
 
 
+@pytest.mark.parametrize(("end", "left"), [("", False), ("raise ValueError('mine')", True)])
+def test_the_process_group_is_closed_before_python_ends(end, left):
+    """Else gloo's threads abort a process that has done all its work, and torchrun starts the run again; after an error nobody is waited for."""
+    code = f"""if True:
+        import atexit, os
+        from torch import distributed
+        from feedback_nb import training
+        atexit.register(lambda: print("left open:", distributed.is_initialized()))  # runs after what is registered later
+        server = distributed.TCPStore("127.0.0.1", 0, is_master=True)
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(server.port), RANK="0", WORLD_SIZE="1", TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="1")
+        with training._accelerator("cpu", None, None, None):
+            assert distributed.is_initialized()
+        {end}
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+    assert done.stdout.strip() == f"left open: {left}" and (done.returncode != 0) == left, done.stdout + done.stderr[-4000:]
+
+
 LAUNCHED = '''
 import json, os, sys
 sys.path.insert(0, sys.argv[2])
