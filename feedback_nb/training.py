@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'SCHEDULES', 'seed_all', 'kept_random_state', 'batch_order', 'batches', 'accuracy', 'kept_modes',
-           'evaluate', 'History', 'CheckpointError', 'load_checkpoint', 'make_optimizer', 'make_schedule',
-           'first_non_finite', 'fit']
+           'evaluate', 'History', 'recalibrate', 'CheckpointError', 'load_checkpoint', 'make_optimizer',
+           'make_schedule', 'first_non_finite', 'fit']
 
 # %% ../nbs/03_training.ipynb #fd6148f4
 import atexit
@@ -282,6 +282,32 @@ class History:
 
     def _repr_html_(self):
         return self.frame.to_html(index=False, float_format="{:.4g}".format, border=0) if self.rows else None
+
+# %% ../nbs/03_training.ipynb #2c6349ea
+@torch.no_grad()
+def recalibrate(
+    model: nn.Module,  # any model with batch norm; only its running statistics change
+    data,  # a Dataset of (input, target) or a DataLoader, the training data as a rule
+    *,
+    batch_size: int = 128,  # the size it was trained with: a batch's variance depends on it
+    seed: int = 0,  # of the order
+) -> nn.Module:  # the same model
+    """Estimate the running statistics of batch norm anew, as plain means over all batches, with dropout switched off."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    momenta = [norm.momentum for norm in norms]
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    try:
+        with kept_modes(model), kept_random_state(device):
+            model.eval()
+            for norm in norms:
+                norm.train().reset_running_stats()
+                norm.momentum = None  # of torch: each batch counts alike
+            for _, _, (x, _) in batches(data, batch_size, seed=seed, epoch=0):
+                model(_to(device, x))
+    finally:
+        for norm, momentum in zip(norms, momenta):
+            norm.momentum = momentum
+    return model
 
 # %% ../nbs/03_training.ipynb #32312738
 class CheckpointError(RuntimeError):
@@ -979,6 +1005,8 @@ def _check_options(o):
         raise ValueError("label_smoothing goes with the default loss; give your own loss its own smoothing")
     if not 0 <= o.label_smoothing < 1 or (o.clip is not None and not o.clip > 0):
         raise ValueError(f"label_smoothing must be in [0, 1) and clip positive, got {o.label_smoothing!r} and {o.clip!r}")
+    if hasattr(o.model, "local_backward") and (o.loss is not F.cross_entropy or o.label_smoothing or o.weights != "mean"):
+        raise ValueError("a model with its own backward pass has its own loss: leave loss, weights and label_smoothing out")
     if hasattr(o.model, "local_backward") and (o.compile or o.precision == "fp16"):
         raise ValueError("a model with its own backward pass is neither compiled nor trained in fp16; leave compile out and use precision='bf16'")
 
