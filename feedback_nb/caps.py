@@ -274,7 +274,7 @@ def _step(optimizers, k):
         optimizers[k].step()
         optimizers[k].zero_grad()
 
-# %% ../nbs/40_caps.ipynb #f41a8e12
+# %% ../nbs/40_caps.ipynb #6aec1048
 def _local(model, x, y, optimizers):
     """The rule "local": every block has a loss of its own and waits for nobody."""
     h, losses = x, []
@@ -309,13 +309,15 @@ def local_backward(
     if model.rule == "local":
         return _local(model, x, y, optimizers).detach()
     keep = model.keep if keep is None else keep
+    if not 0 <= keep <= blocks:
+        raise ValueError(f"keep must be in 0…{blocks}, the number of blocks, got {keep}")
     sums, moments, graphs = _look(model, x, keep, budget)
     loss = F.cross_entropy(model.similarity(sums), y)
     loss.backward()
     _learn(model, x, [s.grad for s in sums], moments, graphs, optimizers)
     return loss.detach()
 
-# %% ../nbs/40_caps.ipynb #64df42ce
+# %% ../nbs/40_caps.ipynb #d87cf727
 STAGES = {6: (1, 1, 2), 8: (2, 2, 2), 11: (4, 2, 3), 16: (6, 3, 5), 19: (7, 4, 6)}
 
 
@@ -332,6 +334,8 @@ def vgg(
 ) -> CAPs:
     """The paper's VGG, a block a convolution; pools before stages 2, 3 and the linear layer."""
     _one_of("depth", depth, tuple(STAGES))
+    if size < 16:
+        raise ValueError(f"four pools need images of at least 16 pixels, got size={size}")
     before, blocks, end = in_channels, [], [nn.Dropout(dropout)] * (dropout > 0)
     hidden = min(1024, round(1024 * multiplier))
     for stage, count in enumerate(STAGES[depth]):

@@ -578,7 +578,7 @@ def _saved_bytes(model: nn.Module, x, loss: Callable) -> int:
     def keep(t):
         if t.untyped_storage().data_ptr() not in own:
             saved[t.untyped_storage().data_ptr()] = t.untyped_storage()  # held, so that no address is used twice
-        return t
+        return t.detach()  # t itself would be a circle that is never freed
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         value = loss(model, x)

@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "steering": {"lrm", "feedback", "fixed_points", "data", "training", "evaluation", "plots"},
     "signatures": {"feedback", "fixed_points", "data", "training", "evaluation", "plots"},
     "cbl": {"feedback", "fixed_points", "data", "training", "evaluation", "plots"},
+    "caps": {"feedback", "fixed_points", "data", "training", "evaluation", "plots"},
 }
 LIGHT = "torchvision torchaudio pandas matplotlib sklearn scipy accelerate safetensors captum tqdm IPython PIL".split()
 
@@ -130,6 +131,16 @@ CONTRACT = {
         "localize": ["moments", "target", "q"],
         "signature": ["model"],
         "brainscore": ["model", "preprocessing", "identifier"],
+    },
+    "caps": {
+        "CAPs": ["blocks", "n_classes", "width", "score", "temperature", "norm", "rule"],
+        "local_backward": ["x", "y", "keep", "budget", "optimizers"],
+        "vgg": ["depth"],
+        "mlp": [],
+        "recalibrate": ["model", "data"],
+        "switch_rule": [],
+        "orthogonality": ["patterns", "y"],
+        "sparsity": ["patterns"],
     },
     "evaluation": {"compare": ["factories", "data", "seeds"], "cost": ["model", "example"], "noise_curve": [], "fgsm_curve": [], "pgd_curve": []},
 }
