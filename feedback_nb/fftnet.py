@@ -41,8 +41,9 @@ class TokenMixer(nn.Module):
     def __init__(self, dim, n_tokens=None, heads=1, *, norm=True, dropout=0.0, causal=False):
         super().__init__()
         if min(dim, heads, 1 if n_tokens is None else n_tokens) < 1 or dim % heads:
-            raise ValueError(f"dim={dim}, n_tokens={n_tokens}, heads={heads}: need heads | dim")
-        self.dim, self.n_tokens, self.heads, self.causal = dim, n_tokens, heads, causal
+            got = f"dim={dim}, n_tokens={n_tokens}, heads={heads}"
+            raise ValueError(f"{got}: each at least 1, and dim a multiple of heads")
+        self.dim, self.n_tokens, self.heads, self.causal = dim, None, heads, causal  # any length
         self.pre_norm = nn.LayerNorm(dim) if norm else nn.Identity()
         self.dropout = nn.Dropout(dropout)
         self.allow(causal)
@@ -110,6 +111,8 @@ def _join(parts):
 
 def _interpolate(values, n):
     """Values (…, A) at frequencies 0 … 1/2 -> (…, n // 2 + 1) at the bins, on straight lines."""
+    if values.shape[-1] == 1:
+        return values.expand(*values.shape[:-1], n // 2 + 1)
     last = values.shape[-1] - 1
     at = torch.arange(n // 2 + 1, device=values.device) * (2 * last / n)
     low = at.long().clamp_max(last - 1)
@@ -131,9 +134,11 @@ class SpectralMixer(TokenMixer):
         adaptive: bool = True,  # s and t, from the mean token; False: none
         **options,  # norm=True (LayerNorm first), dropout=0.0, causal=False (True is refused)
     ):
-        super().__init__(dim, n_tokens if anchors is None else None, heads, **options)
-        if bias not in ("real", "magnitude") or (n_tokens if anchors is None else anchors - 1) < 1:
-            raise ValueError(f"bias={bias!r}, anchors={anchors}: 'real' or 'magnitude', 2 or more")
+        super().__init__(dim, n_tokens, heads, **options)
+        if bias not in ("real", "magnitude") or (n_tokens or 0 if anchors is None else anchors) < 1:
+            got = f"bias={bias!r}, n_tokens={n_tokens}, anchors={anchors}"
+            raise ValueError(f"{got}: 'real' or 'magnitude', and tokens or anchors to filter")
+        self.n_tokens = n_tokens if anchors is None else None
         self.bias, self.activation = bias, activation
         size = n_tokens // 2 + 1 if anchors is None else anchors
         self.base_filter = nn.Parameter(torch.ones(heads, size, 1))
@@ -246,6 +251,8 @@ class WaveletMixer(SpectralMixer):
     """The filter on Haar coefficients: one value for each of `levels` + 1 bands; any N."""
 
     def __init__(self, dim, n_tokens=None, heads=4, *, levels=6, bias="magnitude", **options):
+        if levels < 1:
+            raise ValueError(f"levels={levels}: at least 1")
         super().__init__(dim, None, heads, anchors=levels + 1, bias=bias, **options)
         self.levels = levels
 
@@ -275,7 +282,7 @@ class AttentionMixer(TokenMixer):
     """Softmax attention by torch's fused kernel; without projections q = k = v = LayerNorm(x)."""
 
     def __init__(self, dim, n_tokens=None, heads=4, *, projections=True, **options):
-        super().__init__(dim, None, heads, **options)
+        super().__init__(dim, n_tokens, heads, **options)
         self.qkv = nn.Linear(dim, 3 * dim) if projections else None
         self.out = nn.Linear(dim, dim) if projections else nn.Identity()
 
