@@ -6,14 +6,16 @@
 __all__ = ['attention', 'SIZES', 'TokenMixer', 'SpectralMixer', 'ModReLUMixer', 'WindowedMixer', 'haar', 'inverse_haar',
            'WaveletMixer', 'FNetMixer', 'AttentionMixer', 'FFTNetBlock', 'Encoder', 'FFTNetViT']
 
-# %% ../nbs/50_fftnet.ipynb #0b72bed2
+# %% ../nbs/50_fftnet.ipynb #9a3c5efd
+#| code-fold: true
+#| code-summary: "Imports of the module"
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-# %% ../nbs/50_fftnet.ipynb #42772449
+# %% ../nbs/50_fftnet.ipynb #17713115
 def _check(mixer, x, padding):
     """The one door: what a mixer is called with."""
     if x.dim() != 3 or x.shape[2] != mixer.dim or not x.shape[1]:
@@ -34,7 +36,7 @@ def _mean_token(u, padding):  # (B, N, D) -> (B, D)
     """The mean over the tokens that are there; the others are blank."""
     return u.mean(1) if padding is None else u.sum(1) / (~padding).sum(1)[:, None].clamp_min(1)
 
-# %% ../nbs/50_fftnet.ipynb #9a3c5efd
+# %% ../nbs/50_fftnet.ipynb #3c056281
 class TokenMixer(nn.Module):
     """x + mix(LayerNorm x): what all mixers share; each writes its `mix(u, padding, causal)`."""
 
@@ -64,7 +66,7 @@ class TokenMixer(nn.Module):
         y = self.mix(_blank(self.pre_norm(x), padding), padding, causal or self.causal)
         return x + self.dropout(_blank(y, padding))
 
-# %% ../nbs/50_fftnet.ipynb #d176147f
+# %% ../nbs/50_fftnet.ipynb #a2a197a0
 class _RealFFT(torch.autograd.Function):
     """`rfft` whose backward is one `irfft`; that of torch's own is a full complex FFT."""
 
@@ -94,7 +96,9 @@ def _rfft(x):
     plain = torch.compiler.is_compiling()
     return torch.fft.rfft(x, norm="ortho") if plain else _RealFFT.apply(x)
 
-# %% ../nbs/50_fftnet.ipynb #9b0dc4ee
+# %% ../nbs/50_fftnet.ipynb #33574fdb
+#| code-fold: true
+#| code-summary: "Real and imaginary parts, interpolation"
 def _parts(z):
     """Real and imaginary part: to multiply both is faster than complex times real."""
     return [z.real, z.imag] if z.is_complex() else [z]
@@ -118,7 +122,7 @@ def _interpolate(values, n):
     low = at.long().clamp_max(last - 1)
     return torch.lerp(values[..., low], values[..., low + 1], (at - low).to(values.dtype))
 
-# %% ../nbs/50_fftnet.ipynb #0ae278c7
+# %% ../nbs/50_fftnet.ipynb #a553d72c
 class SpectralMixer(TokenMixer):
     """The released FFTNet layer, x + irfft(φ(w(1 + s)·rfft(LayerNorm x) + b + t)), and repairs."""
 
@@ -182,7 +186,7 @@ class SpectralMixer(TokenMixer):
     def synthesise(self, z, n):  # and back
         return torch.fft.irfft(z[:, :, 0], n=n, norm="ortho")
 
-# %% ../nbs/50_fftnet.ipynb #542525f7
+# %% ../nbs/50_fftnet.ipynb #0e1fd8a1
 class ModReLUMixer(SpectralMixer):
     """The older layer: LayerNorm(x + irfft(modReLU((w + tanh MLP(mean token))·rfft(x))))."""
 
@@ -203,7 +207,7 @@ class ModReLUMixer(SpectralMixer):
         y = self.post_norm(super().forward(x, padding, causal=causal))
         return y if padding is None else torch.where(padding[..., None], x, y)
 
-# %% ../nbs/50_fftnet.ipynb #014b9420
+# %% ../nbs/50_fftnet.ipynb #e54c97dd
 class WindowedMixer(SpectralMixer):
     """The filter in `window` tokens at a time that overlap by half (short-time FFT); any N."""
 
@@ -227,7 +231,7 @@ class WindowedMixer(SpectralMixer):
         first, second = (frames * self.shape.to(frames.dtype)).chunk(2, -1)
         return (first + second.roll(1, -2)).flatten(-2)[..., :n]
 
-# %% ../nbs/50_fftnet.ipynb #9dcb5e8e
+# %% ../nbs/50_fftnet.ipynb #5e84f618
 def haar(x, levels):  # (…, N) -> [a_J, d_J, …, d_1], coarsest first
     """The Haar wavelet transform along the last dimension; an odd length repeats its last value."""
     details = []
@@ -246,7 +250,7 @@ def inverse_haar(bands, n):  # -> (…, N)
         x = torch.stack([x + d, x - d], -1).flatten(-2) * 0.5**0.5
     return x[..., :n]
 
-# %% ../nbs/50_fftnet.ipynb #284cb7c6
+# %% ../nbs/50_fftnet.ipynb #f32e6d76
 class WaveletMixer(SpectralMixer):
     """The filter on Haar coefficients: one value for each of `levels` + 1 bands; any N."""
 
@@ -269,7 +273,7 @@ class WaveletMixer(SpectralMixer):
     def synthesise(self, z, n):
         return inverse_haar(z[:, :, 0].split(self.sizes(n), -1), n)
 
-# %% ../nbs/50_fftnet.ipynb #6f6d4fbc
+# %% ../nbs/50_fftnet.ipynb #724e4182
 class FNetMixer(TokenMixer):
     """FNet: the real part of a Fourier transform over tokens and channels; it learns nothing."""
 
@@ -277,7 +281,7 @@ class FNetMixer(TokenMixer):
         wide = u.to(torch.promote_types(u.dtype, torch.float32))
         return torch.fft.fft2(wide, dim=(1, 2), norm="ortho").real.to(u.dtype)
 
-# %% ../nbs/50_fftnet.ipynb #82c4e822
+# %% ../nbs/50_fftnet.ipynb #4ffc7350
 class AttentionMixer(TokenMixer):
     """Softmax attention by torch's fused kernel; without projections q = k = v = LayerNorm(x)."""
 
@@ -302,7 +306,7 @@ class AttentionMixer(TokenMixer):
 
 attention = AttentionMixer
 
-# %% ../nbs/50_fftnet.ipynb #1824af33
+# %% ../nbs/50_fftnet.ipynb #5f2b13ff
 class FFTNetBlock(nn.Module):
     """A mixer, then an MLP, each added to the stream once."""
 
@@ -327,7 +331,7 @@ class FFTNetBlock(nn.Module):
         x = self.mixer(x, padding)
         return x + _blank(self.mlp(x), padding)
 
-# %% ../nbs/50_fftnet.ipynb #17713115
+# %% ../nbs/50_fftnet.ipynb #6d4cd0a1
 class Encoder(nn.Module):
     """Positions, blocks, a mean over the tokens (or a CLS token), and a linear read-out."""
 
@@ -355,7 +359,7 @@ class Encoder(nn.Module):
         h = _blank(self.norm(h), padding)
         return self.head(_mean_token(h, padding) if self.cls is None else h[:, 0])
 
-# %% ../nbs/50_fftnet.ipynb #3c056281
+# %% ../nbs/50_fftnet.ipynb #3819690b
 SIZES = {"base": (768, 12, 12, 16), "large": (1024, 24, 16, 16), "huge": (1280, 32, 16, 14)}
 
 
