@@ -99,14 +99,16 @@ def _rfft(x):
 # %% ../nbs/50_fftnet.ipynb #33574fdb
 #| code-fold: true
 #| code-summary: "Real and imaginary parts, interpolation"
-def _parts(z):
-    """Real and imaginary part: to multiply both is faster than complex times real."""
-    return [z.real, z.imag] if z.is_complex() else [z]
+def _parts(z, w, b):
+    """Real and imaginary part of z w + b, each by itself: faster than complex times real."""
+    if not z.is_complex():
+        return [z * w + b]
+    tiny = torch.full_like(b, torch.finfo(b.dtype).tiny)  # hypot has no gradient at 0
+    return [torch.addcmul(b, z.real, w), torch.addcmul(tiny, z.imag, w)]
 
 
 def _size(parts):
-    """Their magnitude, with a gradient of 0 where it is 0."""
-    return (sum(p.square() for p in parts) + torch.finfo(parts[0].dtype).tiny).sqrt()
+    return torch.hypot(*parts) if len(parts) == 2 else parts[0].abs()
 
 
 def _join(parts):
@@ -166,12 +168,11 @@ class SpectralMixer(TokenMixer):
         return w * (1 + s), b + t
 
     def gate(self, z, w, b):  # (B, H, D/H, windows, F)
-        parts = [part * w for part in _parts(z)]
-        if self.bias == "real" or self.activation is None:
-            parts[0], b = parts[0] + b, None
+        on_real = self.bias == "real" or self.activation is None
+        parts = _parts(z, w, b if on_real else torch.zeros_like(b))
         if self.activation is None:
             return _join(parts)
-        factor = self.factor(_size(parts), b)
+        factor = self.factor(_size(parts), None if on_real else b)
         return _join([part * factor for part in parts])
 
     def factor(self, size, b):
@@ -184,7 +185,7 @@ class SpectralMixer(TokenMixer):
         return _rfft(u)[:, :, None]
 
     def synthesise(self, z, n):  # and back
-        return torch.fft.irfft(z[:, :, 0], n=n, norm="ortho")
+        return torch.fft.irfft(z.squeeze(2), n=n, norm="ortho")
 
 # %% ../nbs/50_fftnet.ipynb #0e1fd8a1
 class ModReLUMixer(SpectralMixer):
@@ -271,7 +272,7 @@ class WaveletMixer(SpectralMixer):
         return torch.cat(haar(u, self.levels), -1)[:, :, None]
 
     def synthesise(self, z, n):
-        return inverse_haar(z[:, :, 0].split(self.sizes(n), -1), n)
+        return inverse_haar(z.squeeze(2).split(self.sizes(n), -1), n)
 
 # %% ../nbs/50_fftnet.ipynb #724e4182
 class FNetMixer(TokenMixer):
