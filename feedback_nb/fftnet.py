@@ -7,8 +7,6 @@ __all__ = ['attention', 'SIZES', 'TokenMixer', 'SpectralMixer', 'ModReLUMixer', 
            'WaveletMixer', 'FNetMixer', 'AttentionMixer', 'FFTNetBlock', 'Encoder', 'FFTNetViT']
 
 # %% ../nbs/50_fftnet.ipynb #9a3c5efd
-#| code-fold: true
-#| code-summary: "Imports of the module"
 import math
 
 import torch
@@ -97,8 +95,6 @@ def _rfft(x):
     return torch.fft.rfft(x, norm="ortho") if plain else _RealFFT.apply(x)
 
 # %% ../nbs/50_fftnet.ipynb #33574fdb
-#| code-fold: true
-#| code-summary: "Real and imaginary parts, interpolation"
 def _parts(z, w, b):
     """Real and imaginary part of z w + b, each by itself: faster than complex times real."""
     if not z.is_complex():
@@ -251,7 +247,7 @@ def inverse_haar(bands, n):  # -> (…, N)
         x = torch.stack([x + d, x - d], -1).flatten(-2) * 0.5**0.5
     return x[..., :n]
 
-# %% ../nbs/50_fftnet.ipynb #f32e6d76
+
 class WaveletMixer(SpectralMixer):
     """The filter on Haar coefficients: one value for each of `levels` + 1 bands; any N."""
 
@@ -274,7 +270,7 @@ class WaveletMixer(SpectralMixer):
     def synthesise(self, z, n):
         return inverse_haar(z.squeeze(2).split(self.sizes(n), -1), n)
 
-# %% ../nbs/50_fftnet.ipynb #724e4182
+# %% ../nbs/50_fftnet.ipynb #9379a699
 class FNetMixer(TokenMixer):
     """FNet: the real part of a Fourier transform over tokens and channels; it learns nothing."""
 
@@ -282,7 +278,7 @@ class FNetMixer(TokenMixer):
         wide = u.to(torch.promote_types(u.dtype, torch.float32))
         return torch.fft.fft2(wide, dim=(1, 2), norm="ortho").real.to(u.dtype)
 
-# %% ../nbs/50_fftnet.ipynb #4ffc7350
+
 class AttentionMixer(TokenMixer):
     """Softmax attention by torch's fused kernel; without projections q = k = v = LayerNorm(x)."""
 
@@ -307,7 +303,7 @@ class AttentionMixer(TokenMixer):
 
 attention = AttentionMixer
 
-# %% ../nbs/50_fftnet.ipynb #5f2b13ff
+# %% ../nbs/50_fftnet.ipynb #4ffc7350
 class FFTNetBlock(nn.Module):
     """A mixer, then an MLP, each added to the stream once."""
 
@@ -332,7 +328,7 @@ class FFTNetBlock(nn.Module):
         x = self.mixer(x, padding)
         return x + _blank(self.mlp(x), padding)
 
-# %% ../nbs/50_fftnet.ipynb #6d4cd0a1
+# %% ../nbs/50_fftnet.ipynb #295a5ad7
 class Encoder(nn.Module):
     """Positions, blocks, a mean over the tokens (or a CLS token), and a linear read-out."""
 
@@ -360,7 +356,7 @@ class Encoder(nn.Module):
         h = _blank(self.norm(h), padding)
         return self.head(_mean_token(h, padding) if self.cls is None else h[:, 0])
 
-# %% ../nbs/50_fftnet.ipynb #3819690b
+# %% ../nbs/50_fftnet.ipynb #5f2b13ff
 SIZES = {"base": (768, 12, 12, 16), "large": (1024, 24, 16, 16), "huge": (1280, 32, 16, 14)}
 
 
