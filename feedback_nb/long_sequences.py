@@ -7,8 +7,6 @@ __all__ = ['OPERATORS', 'VOCABULARY', 'SequenceClassifier', 'evaluate_listops', 
            'read_listops', 'read_pathfinder', 'read_retrieval', 'read_text', 'equal_parameters']
 
 # %% ../nbs/51_long_sequences.ipynb #8ce633c0
-#| code-fold: true
-#| code-summary: "Imports of the module"
 import csv
 import math
 import random
@@ -113,8 +111,6 @@ def listops(
     return TensorData(x, torch.tensor([*found.values()]), VOCABULARY[1:11], "listops", split)
 
 # %% ../nbs/51_long_sequences.ipynb #82656abd
-#| code-fold: true
-#| code-summary: "Snakes and how they are drawn"
 def _walks(many, dashes, size, step, bend, g):
     """Snakes (some, dashes + 1, 2) that stay in the picture and do not touch themselves."""
     turns = bend * (2 * torch.rand(many, dashes, generator=g) - 1)
