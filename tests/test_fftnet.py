@@ -76,7 +76,9 @@ def written_out(state, x, heads):
     k, j = torch.arange(N // 2 + 1, dtype=x.dtype), torch.arange(N, dtype=x.dtype)
     turn = torch.exp(-2j * torch.pi * k[:, None] * j / N) / N**0.5
     u = F.layer_norm(x, (D,), state["pre_norm.weight"], state["pre_norm.bias"])
-    hidden = F.gelu(F.linear(u.mean(1), state["adaptive_mlp.0.weight"], state["adaptive_mlp.0.bias"]))
+    hidden = F.gelu(
+        F.linear(u.mean(1), state["adaptive_mlp.0.weight"], state["adaptive_mlp.0.bias"])
+    )
     made = F.linear(hidden, state["adaptive_mlp.2.weight"], state["adaptive_mlp.2.bias"])
     s, t = made.view(B, heads, len(k), 2).unbind(-1)
     z = torch.einsum("kn,bnhd->bhkd", turn, u.view(B, N, heads, -1).to(turn.dtype))
@@ -156,7 +158,10 @@ def test_a_unit_filter_doubles_a_normalised_input_of_the_full_layer():
 
 @pytest.mark.parametrize("n", [8, 9])
 def test_the_filter_is_a_circular_convolution(n):
-    mixer, x = SpectralMixer(6, n, 2, norm=False, adaptive=False, activation=None).double(), tokens(n)
+    mixer, x = (
+        SpectralMixer(6, n, 2, norm=False, adaptive=False, activation=None).double(),
+        tokens(n),
+    )
     nn.init.normal_(mixer.base_filter)
     nn.init.zeros_(mixer.base_bias)
     kernel = torch.fft.irfft(mixer.base_filter[..., 0], n=n).repeat_interleave(3, 0).T  # (n, 6)
@@ -179,7 +184,10 @@ def test_the_transform_and_its_gradient(n):
     x = tokens(n).transpose(1, 2).clone().requires_grad_()
     assert_close(_rfft(x), torch.fft.rfft(x, norm="ortho"))
     g = torch.randn(2, 6, n // 2 + 1, dtype=torch.complex128)
-    ours, theirs = (torch.autograd.grad(f(x), x, g)[0] for f in (_rfft, functools.partial(torch.fft.rfft, norm="ortho")))
+    ours, theirs = (
+        torch.autograd.grad(f(x), x, g)[0]
+        for f in (_rfft, functools.partial(torch.fft.rfft, norm="ortho"))
+    )
     assert_close(ours, theirs)
 
 
@@ -193,7 +201,9 @@ def test_anchors_at_the_bins_are_the_bins():
     assert_close(_interpolate(line, 7), 2 * torch.arange(4, dtype=torch.float64) / 7)
 
 
-@pytest.mark.parametrize("name", ["repaired", "windowed", "wavelet", "fnet", "attention", "core", "anchors"])
+@pytest.mark.parametrize(
+    "name", ["repaired", "windowed", "wavelet", "fnet", "attention", "core", "anchors"]
+)
 def test_any_length_goes_through_one_set_of_parameters(name):
     mixer = build(name, 7)
     for n in (1, 2, 5, 64):
@@ -228,14 +238,25 @@ def test_the_windows_are_those_of_torch_stft(n):
     mixer, u = WindowedMixer(1, None, 1, window=8).double(), tokens(n, 1).transpose(1, 2)
     ours = mixer.analyse(u)[:, 0]  # (B, windows, F)
     around = torch.cat([u[:, 0], u[:, 0, :4]], 1)  # the last window reaches over the end
-    theirs = torch.stft(around, 8, 4, window=mixer.shape.double(), center=False, normalized=True, return_complex=True)
+    theirs = torch.stft(
+        around,
+        8,
+        4,
+        window=mixer.shape.double(),
+        center=False,
+        normalized=True,
+        return_complex=True,
+    )
     assert_close(ours, theirs.transpose(1, 2))
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 50), st.sampled_from([2, 4, 6, 16]))
 def test_windows_overlap_to_the_sequence(n, window):
-    mixer, u = WindowedMixer(3, None, 1, window=window).double(), torch.randn(2, 3, n, dtype=torch.float64)
+    mixer, u = (
+        WindowedMixer(3, None, 1, window=window).double(),
+        torch.randn(2, 3, n, dtype=torch.float64),
+    )
     assert_close(mixer.synthesise(mixer.analyse(u), n), u)
 
 
@@ -261,7 +282,11 @@ def test_a_window_does_not_reach_further_than_a_window():
     mixer = build("windowed", adaptive=False)
     x = tokens(16)
     moved = mixer(x + F.pad(torch.arange(6.0).expand(2, 1, 6), (0, 0, 7, 8))) - mixer(x)
-    assert moved[:, 5:10].abs().max() > 1e-3 and moved[:, :4].abs().max() < 1e-12 and moved[:, 12:].abs().max() < 1e-12
+    assert (
+        moved[:, 5:10].abs().max() > 1e-3
+        and moved[:, :4].abs().max() < 1e-12
+        and moved[:, 12:].abs().max() < 1e-12
+    )
 
 
 # ------------------------------------------------------------ invariances
@@ -327,8 +352,12 @@ def test_gradcheck(name, n):
     mixer, x = build(name, n), tokens(n).requires_grad_()
     assert torch.autograd.gradcheck(mixer, (x,))
     assert torch.autograd.gradcheck(lambda x: mixer(x, padded(n)), (x,))
-    names, values = zip(*mixer.named_parameters(), strict=True) if list(mixer.parameters()) else ((), ())
-    call = lambda *values: torch.func.functional_call(mixer, dict(zip(names, values, strict=True)), (x.detach(),))
+    names, values = (
+        zip(*mixer.named_parameters(), strict=True) if list(mixer.parameters()) else ((), ())
+    )
+    call = lambda *values: torch.func.functional_call(
+        mixer, dict(zip(names, values, strict=True)), (x.detach(),)
+    )
     assert not values or torch.autograd.gradcheck(call, values)
 
 
@@ -351,7 +380,9 @@ def test_the_gradient_at_nothing_is_finite(name):
         nn.init.zeros_(mixer.base_bias)
     x = torch.zeros(1, 7, 6, requires_grad=True)
     mixer(x).sum().backward()
-    assert x.grad.isfinite().all() and all(p.grad is None or p.grad.isfinite().all() for p in mixer.parameters())
+    assert x.grad.isfinite().all() and all(
+        p.grad is None or p.grad.isfinite().all() for p in mixer.parameters()
+    )
 
 
 # ------------------------------------------------------------ masks
@@ -374,7 +405,9 @@ def test_padding_is_not_read_and_not_written(name):
 def test_the_mean_token_is_that_of_the_tokens():
     mixer, x = build("released"), tokens()
     padding = padded()
-    want = mixer.filter(torch.stack([mixer.pre_norm(x[0, :4]).mean(0), mixer.pre_norm(x[1]).mean(0)]))
+    want = mixer.filter(
+        torch.stack([mixer.pre_norm(x[0, :4]).mean(0), mixer.pre_norm(x[1]).mean(0)])
+    )
     seen = []
     mixer.filter = lambda mean: seen.append(mean) or type(mixer).filter(mixer, mean)
     mixer(x, padding)
@@ -441,7 +474,14 @@ def test_dropout_acts_on_what_is_added_in_training_only():
 
 def small(**options):
     torch.manual_seed(0)
-    options = {"dim": 8, "depth": 2, "heads": 2, "image_size": 8, "patch_size": 2, "in_channels": 1} | options
+    options = {
+        "dim": 8,
+        "depth": 2,
+        "heads": 2,
+        "image_size": 8,
+        "patch_size": 2,
+        "in_channels": 1,
+    } | options
     return FFTNetViT("base", 3, **options).eval()
 
 
@@ -456,13 +496,19 @@ def test_a_block_adds_once():
 
 
 @pytest.mark.parametrize("pool", ["mean", "cls"])
-@pytest.mark.parametrize("kind", [SpectralMixer, repaired, attention, WindowedMixer, WaveletMixer, ModReLUMixer])
+@pytest.mark.parametrize(
+    "kind", [SpectralMixer, repaired, attention, WindowedMixer, WaveletMixer, ModReLUMixer]
+)
 def test_activations_of_12_blocks_stay_within_a_factor_of_4(pool, kind):
     for scale in (0.1, 1.0, 10.0):
         net = small(depth=12, dim=64, heads=4, pool=pool, mixer=kind)
         sizes = []
         for block in net.blocks:
-            block.register_forward_hook(lambda m, i, o: sizes.extend(a.square().mean().sqrt().item() for a in (i[0], o)))
+            block.register_forward_hook(
+                lambda m, i, o, sizes=sizes: sizes.extend(
+                    a.square().mean().sqrt().item() for a in (i[0], o)
+                )
+            )
         net(scale * torch.randn(4, 1, 8, 8))
         assert len(sizes) == 24 and max(sizes) / min(sizes) < 4
 
@@ -472,11 +518,25 @@ def test_pooling_and_token_counts():
     assert mean.blocks[0].mixer.n_tokens == 16 and cls.blocks[0].mixer.n_tokens == 17
     x = torch.randn(2, 1, 8, 8)
     assert mean(x).shape == cls(x).shape == (2, 3)
-    h = cls.norm(cls.blocks[1](cls.blocks[0](cls.enter(torch.cat([cls.cls.expand(2, -1, -1), cls.patches(x).flatten(2).transpose(1, 2)], 1) + cls.position))))
+    h = cls.norm(
+        cls.blocks[1](
+            cls.blocks[0](
+                cls.enter(
+                    torch.cat(
+                        [cls.cls.expand(2, -1, -1), cls.patches(x).flatten(2).transpose(1, 2)], 1
+                    )
+                    + cls.position
+                )
+            )
+        )
+    )
     assert_close(cls(x), cls.head(h[:, 0]))
 
 
-@pytest.mark.parametrize("size, dim, depth, n", [("base", 768, 12, 196), ("large", 1024, 24, 196), ("huge", 1280, 32, 256)])
+@pytest.mark.parametrize(
+    "size, dim, depth, n",
+    [("base", 768, 12, 196), ("large", 1024, 24, 196), ("huge", 1280, 32, 256)],
+)
 def test_sizes_are_those_of_vit(size, dim, depth, n):
     with torch.device("meta"):
         net = FFTNetViT(size)
@@ -526,16 +586,30 @@ X = torch.zeros(2, 7, 6)
         wrong(lambda: SpectralMixer(6, 7, 2, bias="both"), "bias='both'"),
         wrong(lambda: SpectralMixer(6, 7, 2, anchors=0), "anchors=0"),
         wrong(lambda: SpectralMixer(6, None, 2), "n_tokens=None, anchors=None"),
-        wrong(lambda: SpectralMixer(6, 7, 2, causal=True), "causal: a frequency holds all tokens, later ones too; use attention"),
+        wrong(
+            lambda: SpectralMixer(6, 7, 2, causal=True),
+            "causal: a frequency holds all tokens, later ones too; use attention",
+        ),
         wrong(lambda: FNetMixer(6, causal=True), "causal: a frequency"),
         wrong(lambda: SpectralMixer(6, 7, 2)(X, causal=True), "causal: a frequency"),
-        wrong(lambda: SpectralMixer(6, 7, 2)(X[:, :5]), "5 tokens, but a filter for 7; use anchors=32"),
-        wrong(lambda: SpectralMixer(6, 7, 2)(X[:, :0]), r"tokens are \(batch, 1 or more, 6\), got \(2, 0, 6\)"),
+        wrong(
+            lambda: SpectralMixer(6, 7, 2)(X[:, :5]), "5 tokens, but a filter for 7; use anchors=32"
+        ),
+        wrong(
+            lambda: SpectralMixer(6, 7, 2)(X[:, :0]),
+            r"tokens are \(batch, 1 or more, 6\), got \(2, 0, 6\)",
+        ),
         wrong(lambda: attention(6, heads=2)(X[:, :0]), r"got \(2, 0, 6\)"),
         wrong(lambda: SpectralMixer(6, 7, 2)(X[..., :5]), r"got \(2, 7, 5\)"),
         wrong(lambda: FNetMixer(6)(X[0]), r"got \(7, 6\)"),
-        wrong(lambda: SpectralMixer(6, 7, 2)(X, torch.zeros(2, 6, dtype=torch.bool)), r"padding is bool \(2, 7\).*got torch.bool \(2, 6\)"),
-        wrong(lambda: attention(6, heads=2)(X, torch.zeros(2, 7)), r"padding is bool \(2, 7\).*got torch.float32"),
+        wrong(
+            lambda: SpectralMixer(6, 7, 2)(X, torch.zeros(2, 6, dtype=torch.bool)),
+            r"padding is bool \(2, 7\).*got torch.bool \(2, 6\)",
+        ),
+        wrong(
+            lambda: attention(6, heads=2)(X, torch.zeros(2, 7)),
+            r"padding is bool \(2, 7\).*got torch.float32",
+        ),
         wrong(lambda: attention(6, 7, 4), "heads=4"),
         wrong(lambda: WindowedMixer(6, heads=2, window=5), "window=5: an even number"),
         wrong(lambda: WaveletMixer(6, heads=2, levels=0), "levels=0: at least 1"),

@@ -30,8 +30,15 @@ words = lambda row: [VOCABULARY[i] for i in row.tolist() if i]
 def by_python(tokens):
     """The value of an expression, by turning it into nested function calls."""
     names = {"[MIN": "min", "[MAX": "max", "[MED": "med", "[SM": "sm"}
-    text = " ".join(f"{names[t]}([" if t in names else "])," if t == "]" else f"{t}," for t in tokens)
-    functions = {"min": min, "max": max, "med": lambda v: int(np.median(v)), "sm": lambda v: sum(v) % 10}
+    text = " ".join(
+        f"{names[t]}([" if t in names else "])," if t == "]" else f"{t}," for t in tokens
+    )
+    functions = {
+        "min": min,
+        "max": max,
+        "med": lambda v: int(np.median(v)),
+        "sm": lambda v: sum(v) % 10,
+    }
     return eval(text.rstrip(","), functions)
 
 
@@ -92,7 +99,9 @@ def parts(picture, level):
 
 def test_pathfinder_is_balanced_seeded_and_has_two_discs():
     data, again = pathfinder(200, 32, dashes=8), pathfinder(200, 32, dashes=8)
-    assert torch.equal(data.x, again.x) and data.x.shape == (200, 1024) and data.x.dtype == torch.uint8
+    assert (
+        torch.equal(data.x, again.x) and data.x.shape == (200, 1024) and data.x.dtype == torch.uint8
+    )
     assert int(data.y.sum()) == 100
     assert pathfinder(7).y.bincount().tolist() in ([3, 4], [4, 3])
     discs = [len(parts(x.view(32, 32), 250)) for x in data.x]
@@ -109,7 +118,10 @@ def test_pathfinder_labels_say_whether_a_line_joins_the_discs():
         regions = parts(wide, 60)
         discs = parts(x, 250)
         if len(discs) == 2:
-            at = [next(i for i, region in enumerate(regions) if next(iter(disc)) in region) for disc in discs]
+            at = [
+                next(i for i, region in enumerate(regions) if next(iter(disc)) in region)
+                for disc in discs
+            ]
             right += (at[0] == at[1]) == bool(y)
         else:
             right += 1
@@ -138,9 +150,22 @@ def test_grey_of_colours(monkeypatch):
     from feedback_nb.data import TensorData
 
     x = torch.randint(256, (2, 3, 4, 4), dtype=torch.uint8)
-    monkeypatch.setattr(long_sequences, "load", lambda *args, **options: TensorData(x, torch.zeros(2, dtype=torch.long), ["a"], "fake"))
-    wanted = torch.stack([torch.from_numpy(np.asarray(Image.fromarray(i.permute(1, 2, 0).numpy()).convert("L")).copy()) for i in x])
-    assert (grey_pixels("fake").x.view(2, 4, 4).int() - wanted.int()).abs().max() <= 1  # Pillow rounds by integers
+    monkeypatch.setattr(
+        long_sequences,
+        "load",
+        lambda *args, **options: TensorData(x, torch.zeros(2, dtype=torch.long), ["a"], "fake"),
+    )
+    wanted = torch.stack(
+        [
+            torch.from_numpy(
+                np.asarray(Image.fromarray(i.permute(1, 2, 0).numpy()).convert("L")).copy()
+            )
+            for i in x
+        ]
+    )
+    assert (
+        grey_pixels("fake").x.view(2, 4, 4).int() - wanted.int()
+    ).abs().max() <= 1  # Pillow rounds by integers
 
 
 # ------------------------------------------------------------ the published files
@@ -161,17 +186,27 @@ def test_listops_file(tmp_path):
 
 
 def test_pathfinder_files(tmp_path):
-    (tmp_path / "metadata").mkdir(), (tmp_path / "imgs" / "0").mkdir(parents=True), (tmp_path / "imgs" / "1").mkdir()
+    (
+        (tmp_path / "metadata").mkdir(),
+        (tmp_path / "imgs" / "0").mkdir(parents=True),
+        (tmp_path / "imgs" / "1").mkdir(),
+    )
     pictures = {}
     for part, number, label in ((0, 0, 1), (0, 1, 0), (1, 0, 1)):
         pixels = np.full((32, 32), 40 * part + 10 * number + label, dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / "imgs" / str(part) / f"sample_{number}.png")
         pictures[part, number] = int(pixels[0, 0]), label
     (tmp_path / "imgs" / "1" / "sample_9.png").touch()  # the release has an empty file
-    (tmp_path / "metadata" / "10.npy").write_text("imgs/1 sample_0.png 0 1 x\nimgs/1 sample_9.png 9 0 x\n")
-    (tmp_path / "metadata" / "2.npy").write_text("imgs/0 sample_0.png 0 1 x\nimgs/0 sample_1.png 1 0 x\n")
+    (tmp_path / "metadata" / "10.npy").write_text(
+        "imgs/1 sample_0.png 0 1 x\nimgs/1 sample_9.png 9 0 x\n"
+    )
+    (tmp_path / "metadata" / "2.npy").write_text(
+        "imgs/0 sample_0.png 0 1 x\nimgs/0 sample_1.png 1 0 x\n"
+    )
     data = read_pathfinder(tmp_path)
-    assert data.x.shape == (3, 1024) and list(zip(data.x[:, 0].tolist(), data.y.tolist(), strict=True)) == [*pictures.values()]
+    assert data.x.shape == (3, 1024) and list(
+        zip(data.x[:, 0].tolist(), data.y.tolist(), strict=True)
+    ) == [*pictures.values()]
     (tmp_path / "metadata" / "2.npy").unlink(), (tmp_path / "metadata" / "10.npy").unlink()
     with pytest.raises(ValueError, match="has no pictures listed in metadata"):
         read_pathfinder(tmp_path)
@@ -182,7 +217,9 @@ def test_retrieval_and_text_files(tmp_path):
     file.write_text("1.0\t3\t4\tab\tÄ\n0.0\t5\t6\tabcdef\tx\n", encoding="utf-8")
     data = read_retrieval(file, 4)
     assert data.x.shape == (2, 2, 4) and data.y.tolist() == [1, 0]
-    assert data.x[0].tolist() == [[98, 99, 0, 0], [0xC3 + 1, 0x84 + 1, 0, 0]] and data.x[1, 0].tolist() == [98, 99, 100, 101]
+    assert data.x[0].tolist() == [[98, 99, 0, 0], [0xC3 + 1, 0x84 + 1, 0, 0]] and data.x[
+        1, 0
+    ].tolist() == [98, 99, 100, 101]
     file.write_text("1.0\ta\n")
     with pytest.raises(ValueError, match="must have 5 columns"):
         read_retrieval(file)
@@ -221,7 +258,11 @@ def test_numbers_and_gradients():
 
 
 def test_equal_parameters_fills_up_and_draws_nothing():
-    make = lambda mixer: lambda mlp_ratio: SequenceClassifier(16, 20, 3, dim=8, heads=1, mixer=mixer, mlp_ratio=mlp_ratio)
+    make = lambda mixer: (
+        lambda mlp_ratio: SequenceClassifier(
+            16, 20, 3, dim=8, heads=1, mixer=mixer, mlp_ratio=mlp_ratio
+        )
+    )
     target = sum(p.numel() for p in make(SpectralMixer)(mlp_ratio=8).parameters())
     for mixer in (SpectralMixer, attention, FNetMixer):
         net = equal_parameters(make(mixer), target, 8)
