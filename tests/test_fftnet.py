@@ -1,4 +1,4 @@
-"""FFTNet: the released layer's numbers, identities, invariances, gradients, masks, odd sizes and bad input."""
+"""FFTNet: the released numbers, identities, invariances, gradients, masks, sizes, bad input."""
 
 import copy
 import functools

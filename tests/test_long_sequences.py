@@ -1,4 +1,4 @@
-"""Long sequences: the generators against plain re-computation, the published files' layouts in small, and the networks that read them."""
+"""Long sequences: generators, the published files' layouts in small, and the networks."""
 
 import re
 
@@ -110,7 +110,7 @@ def test_pathfinder_is_balanced_seeded_and_has_two_discs():
 
 
 def test_pathfinder_labels_say_whether_a_line_joins_the_discs():
-    """Without distractors and with dashes that flow together, the discs are in one region just where the label says so."""
+    """Where thickened dashes flow together, the discs are in one region if the label says so."""
     data = pathfinder(120, 48, dashes=5, step=3.0, distractors=0)
     right = 0
     for x, y in zip(data.x.view(-1, 48, 48), data.y.tolist(), strict=True):
