@@ -27,6 +27,8 @@ MAY_IMPORT = {
     "signatures": {"feedback", "fixed_points", "data", "training", "evaluation", "plots"},
     "cbl": {"feedback", "fixed_points", "data", "training", "evaluation", "plots"},
     "caps": {"feedback", "fixed_points", "data", "training", "evaluation", "plots"},
+    "fftnet": {"feedback", "fixed_points", "data", "training", "evaluation", "plots"},
+    "long_sequences": {"fftnet", "feedback", "fixed_points", "data", "training", "evaluation", "plots"},
 }
 LIGHT = "torchvision torchaudio pandas matplotlib sklearn scipy accelerate safetensors captum tqdm IPython PIL".split()
 
@@ -142,6 +144,17 @@ CONTRACT = {
         "orthogonality": ["patterns", "y"],
         "sparsity": ["patterns"],
     },
+    "fftnet": {
+        "SpectralMixer": ["dim", "n_tokens", "heads"],
+        "FFTNetBlock": ["dim", "n_tokens", "heads"],
+        "FFTNetViT": ["size", "n_classes", "image_size"],
+        "FNetMixer": ["dim"],
+        "attention": ["dim", "heads", "projections"],
+        "WindowedMixer": ["dim", "window"],
+        "WaveletMixer": ["dim", "levels"],
+        "ModReLUMixer": ["dim", "n_tokens", "heads"],
+    },
+    "long_sequences": {"listops": ["n", "n_tokens", "seed"], "pathfinder": ["n", "size", "seed"], "grey_pixels": ["name"], "SequenceClassifier": ["vocabulary", "n_tokens", "n_classes"]},
     "evaluation": {"compare": ["factories", "data", "seeds"], "cost": ["model", "example"], "noise_curve": [], "fgsm_curve": [], "pgd_curve": []},
 }
 
