@@ -6,9 +6,10 @@
 __all__ = ['RULES', 'STAGES', 'pooling_grid', 'pooled', 'Tap', 'CAPs', 'local_backward', 'vgg', 'mlp', 'switch_rule',
            'orthogonality', 'sparsity', 'recalibrate']
 
-# %% ../nbs/40_caps.ipynb #78ac1b67
+# %% ../nbs/40_caps.ipynb #33303d01
 #| code-fold: true
 #| code-summary: "Imports and names"
+import operator
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
@@ -28,7 +29,7 @@ def _one_of(name, value, choices):
     if value not in choices:
         raise ValueError(f"{name}={value!r} does not exist; choose from {choices}")
 
-# %% ../nbs/40_caps.ipynb #e419f88f
+# %% ../nbs/40_caps.ipynb #8b2da2cc
 #| code-fold: true
 #| code-summary: "Pooling a map to a given number of features"
 def pooling_grid(
@@ -42,7 +43,7 @@ def pooling_grid(
     grids = [grid for grid in grids if all(a <= size for a, size in zip(grid, sizes))]
     if rest or not grids:
         got = "×".join(map(str, shape[1:]))
-        raise ValueError(f"outputs of {got} cannot be pooled to width={width}; give a list of widths")
+        raise ValueError(f"outputs of {got} cannot be pooled to width={width}; see pooling_grid")
     return min(grids, key=lambda grid: max(grid, default=0) - min(grid, default=0))
 
 
@@ -79,30 +80,39 @@ class Tap(nn.Module):
         m = self.pattern(h)
         return m @ self.prototypes.T, m.square().sum(1), self.prototypes.square().sum(1)
 
-# %% ../nbs/40_caps.ipynb #dada4714
+# %% ../nbs/40_caps.ipynb #2664753e
 #| code-fold: true
 #| code-summary: "Sums, and the check of a batch"
 def _summed(parts):
     return tuple(map(sum, zip(*parts)))
 
 
-def _check_batch(model, x, y):
-    """Refuses what would give a wrong number, before anything of the model has changed."""
-    if y.is_floating_point() or y.shape != x.shape[:1]:
-        raise ValueError(f"labels must be {len(x)} whole numbers, got {tuple(y.shape)} {y.dtype}")
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm1d) and m.training]
-    if len(y) < 2 and norms:
-        raise ValueError(f"batch norm in training needs 2 examples, got {len(y)}; try norm='layer'")
-    if torch.compiler.is_compiling() or 0 <= int(y.min()) <= int(y.max()) < model.n_classes:
-        return
-    found = f"{int(y.min())}…{int(y.max())}"
-    raise ValueError(f"labels must be in 0…{model.n_classes - 1}, got {found}; check n_classes")
+def _checked_labels(model, x, y):
+    """The labels as int64; refuses what would give a wrong number, before the model has changed."""
+    if y.is_floating_point() or y.dtype == torch.bool or y.shape != x.shape[:1] or not len(y):
+        raise ValueError(f"labels: {len(x)} > 0 whole numbers needed, got {tuple(y.shape)} {y.dtype}")
+    norms = [tap.norm for tap in getattr(model, "taps", ()) if isinstance(tap.norm, nn.BatchNorm1d)]
+    if len(y) < 2 and any(norm.training for norm in norms):
+        raise ValueError("batch norm of the pattern needs 2 examples, got 1; try norm='layer'")
+    if _known(y) and not 0 <= int(y.min()) <= int(y.max()) < model.n_classes:
+        found = f"{int(y.min())}…{int(y.max())}"
+        raise ValueError(f"labels must be in 0…{model.n_classes - 1}, got {found}; check n_classes")
+    return y.long()
+
+
+def _known(tensor):
+    """Are there numbers to look at? Not while a graph is compiled, nor on the meta device."""
+    return not torch.compiler.is_compiling() and not tensor.is_meta
 
 
 def _recall_rule(model, _):
-    model._rule = RULES[round(float(model.rule_number))]
+    """After loading: the checkpoint's rule, unless it is an average or needs other parts."""
+    number = float(model.rule_number) if _known(model.rule_number) else RULES.index(model._rule)
+    rule = RULES[int(number)] if number in range(len(RULES)) else model._rule
+    model._rule = rule if (rule == "bp") == (model._rule == "bp") else model._rule
+    model.rule_number.fill_(RULES.index(model._rule))
 
-# %% ../nbs/40_caps.ipynb #ce2415da
+# %% ../nbs/40_caps.ipynb #3afb302d
 class CAPs(nn.Module):
     """Blocks that classify by their co-activation pattern, by its most similar prototype."""
 
@@ -126,7 +136,8 @@ class CAPs(nn.Module):
             raise ValueError(f"temperature must be above 0, got {temperature}; the book uses 0.1")
         self.blocks, self.n_classes, self.keep = nn.ModuleList(blocks), n_classes, keep
         self.score, self.temperature, self._rule = score, temperature, rule
-        self.widths = [width] * len(self.blocks) if isinstance(width, int) else list(width)
+        alike = hasattr(width, "__index__")
+        self.widths = [operator.index(width)] * len(self.blocks) if alike else list(width)
         if not self.widths or len(self.widths) != len(self.blocks):
             raise ValueError(f"{len(self.blocks)} blocks need one width each, got {self.widths}")
         self.register_buffer("rule_number", torch.tensor(float(RULES.index(rule))))
@@ -171,14 +182,16 @@ class CAPs(nn.Module):
         products, squares, prototype_squares = sums
         if self.score == "dot":
             return products / self.temperature
-        if not torch.compiler.is_compiling() and not squares.all():
-            which = (squares == 0).nonzero().flatten().tolist()[:3]
-            raise ValueError(f"examples {which}: a zero pattern has no cosine; use norm='batch'")
+        for what, sizes in {"examples": squares, "prototypes": prototype_squares}.items():
+            if _known(sizes) and not sizes.all():
+                which = (sizes == 0).nonzero().flatten().tolist()[:3]
+                raise ValueError(f"{what} {which}: a zero pattern has no cosine; use norm='batch'")
         return products / (squares.sqrt()[:, None] * prototype_squares.sqrt() * self.temperature)
 
-    def forward(self, x):
+    def forward(self, x, cut=None):
         """Scores (B, C). In train mode gradients stop where the rule says, in eval mode nowhere."""
-        hs = self.activations(x, cut=self.training and self.rule in ("caps", "local"))
+        cut = self.training if cut is None else cut
+        hs = self.activations(x, cut=cut and self.rule in ("caps", "local"))
         if self.rule == "bp":
             *_, h = hs
             return self.head(pooled(h, self.widths[-1]))
@@ -188,10 +201,10 @@ class CAPs(nn.Module):
         return self.similarity(_summed(parts))
 
     def loss(self, x, y):
-        """The rule's loss for autograd (Algorithm 1 for "caps"); call it in train mode."""
-        _check_batch(self, x, y)
+        """The rule's loss for autograd (Algorithm 1 for "caps"), cut as it says in either mode."""
+        y = _checked_labels(self, x, y)
         if self.rule != "local":
-            return F.cross_entropy(self(x), y)
+            return F.cross_entropy(self(x, cut=True), y)
         hs = self.activations(x, cut=True)
         scores = [self.similarity(tap(h)) for tap, h in zip(self.taps, hs)]
         return torch.stack([F.cross_entropy(score, y) for score in scores]).mean()
@@ -200,7 +213,7 @@ class CAPs(nn.Module):
         """The gradients of `loss`, with the graph of one block at a time; see `local_backward`."""
         return local_backward(self, x, y, **options)
 
-# %% ../nbs/40_caps.ipynb #6fba2d01
+# %% ../nbs/40_caps.ipynb #22be96e2
 class _Moment:
     """Random state and buffers just before a block runs, so that it can be run again exactly."""
 
@@ -216,26 +229,33 @@ class _Moment:
             buffer.copy_(value)
 
 
-def _counting(weights, saved):
+def _counting(model, saved):
     """Notes the size of whatever autograd saves, except the weights."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
     def note(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             saved[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # itself, it would be a circle that is never freed
+        return tensor.detach(), tensor._version  # itself, it would be a circle that is never freed
 
-    return saved_tensors_hooks(note, lambda tensor: tensor)
+    def give_back(noted):
+        tensor, version = noted
+        if tensor._version != version:
+            raise RuntimeError("a later layer changed in place what the gradient needs")
+        return tensor
 
-# %% ../nbs/40_caps.ipynb #9623562b
+    return saved_tensors_hooks(note, give_back)
+
+# %% ../nbs/40_caps.ipynb #f0153367
 def _look(model, x, keep, budget):
     """Phase one: the three sums, a `_Moment` of each block, and the graphs of the last blocks."""
     h, parts, moments, graphs, sizes = x, [], [], {}, {}
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    version = None if x.is_inference() else x._version
     for k, unit in enumerate(zip(model.blocks, model.taps)):
         moments.append(_Moment(unit, h))
         saved, wanted = {}, budget is not None or k >= len(model.blocks) - keep
-        counting = _counting(weights, saved) if budget is not None else nullcontext()
+        counting = nullcontext() if budget is None else _counting(model, saved)
         with torch.set_grad_enabled(wanted), counting:
             h = unit[0](h)
             part = unit[1](h)
@@ -246,35 +266,36 @@ def _look(model, x, keep, budget):
         del part
         while budget is not None and graphs and sum(sizes[i] for i in graphs) > budget:
             del graphs[min(graphs)]  # the oldest, with the largest maps, is the one to run again
+    if version is not None and x._version != version:
+        raise RuntimeError("the first block writes into its input; build it with inplace=False")
     torch.clear_autocast_cache()  # a weight cast without a graph must not be used for one
     return [s.requires_grad_() for s in _summed(parts)], moments, graphs
 
 
 def _learn(model, x, signal, moments, graphs, optimizers):
-    """Phase two: run each block again as it was, or take its graph, and differentiate it alone."""
+    """Phase two: differentiate the graphs that are there, then run the other blocks again."""
+
+    def differentiate(k, part):
+        pairs = [(p, s) for p, s in zip(part, signal) if p.requires_grad and s is not None]
+        if pairs:
+            torch.autograd.backward(*zip(*pairs))
+        if optimizers is not None:
+            optimizers[k].step()
+            optimizers[k].zero_grad()
+
+    for k in sorted(graphs, reverse=True):
+        differentiate(k, graphs[k])
+        del graphs[k]
+        moments.pop()
     h, gpus = x, sorted({gpu for moment in moments for gpu in moment.gpus[0]})
     with torch.random.fork_rng(devices=gpus):
-        for k, (block, tap) in enumerate(zip(model.blocks, model.taps)):
-            if k in graphs:
-                part = graphs.pop(k)
-            else:
-                moments[k].come_back()
-                h = block(h)
-                part = tap(h)
-            pairs = [(p, s) for p, s in zip(part, signal) if p.requires_grad and s is not None]
-            if pairs:
-                torch.autograd.backward(*zip(*pairs))
+        for k, moment in enumerate(moments):
+            moment.come_back()
+            h = model.blocks[k](h)
+            differentiate(k, model.taps[k](h))
             h = h.detach()
-            del part, pairs
-            _step(optimizers, k)
 
-
-def _step(optimizers, k):
-    if optimizers is not None:
-        optimizers[k].step()
-        optimizers[k].zero_grad()
-
-# %% ../nbs/40_caps.ipynb #6aec1048
+# %% ../nbs/40_caps.ipynb #9a23b1ff
 def _local(model, x, y, optimizers):
     """The rule "local": every block has a loss of its own and waits for nobody."""
     h, losses = x, []
@@ -282,7 +303,9 @@ def _local(model, x, y, optimizers):
         h = block(h.detach() if k else h)
         losses.append(F.cross_entropy(model.similarity(tap(h)), y))
         (losses[k] / len(model.blocks)).backward()
-        _step(optimizers, k)
+        if optimizers is not None:
+            optimizers[k].step()
+            optimizers[k].zero_grad()
     return torch.stack(losses).mean()
 
 
@@ -301,16 +324,21 @@ def local_backward(
     if optimizers is not None and (whole or len(optimizers) != blocks):
         got = f"{len(optimizers)} and {model.rule!r}"
         raise ValueError(f"{blocks} optimizers and rule 'caps' or 'local' are needed, got {got}")
+    units = zip(model.blocks, getattr(model, "taps", ()))
+    of_units = [id(p) for unit in units for p in {p for m in unit for p in m.parameters()}]
+    if optimizers is not None and len(set(of_units)) < len(of_units):
+        raise ValueError("two blocks share a weight; use one optimizer for all")
     if whole:
         loss = model.loss(x, y)
         loss.backward()
         return loss.detach()
-    _check_batch(model, x, y)
+    y = _checked_labels(model, x, y)
     if model.rule == "local":
         return _local(model, x, y, optimizers).detach()
-    keep = model.keep if keep is None else keep
-    if not 0 <= keep <= blocks:
-        raise ValueError(f"keep must be in 0…{blocks}, the number of blocks, got {keep}")
+    both = keep is not None and budget is not None
+    keep = operator.index(model.keep if keep is None else keep)
+    if both or not 0 <= keep <= blocks or (budget is not None and not budget >= 0):
+        raise ValueError(f"keep (0…{blocks} blocks) or budget (bytes ≥ 0), got {keep} and {budget}")
     sums, moments, graphs = _look(model, x, keep, budget)
     loss = F.cross_entropy(model.similarity(sums), y)
     loss.backward()
@@ -366,9 +394,10 @@ def mlp(
         blocks.append(nn.Sequential(*start, nn.Linear(before, after), nn.ReLU(inplace=True), *end))
     return CAPs(blocks, n_classes, width=list(hidden), **options)
 
-# %% ../nbs/40_caps.ipynb #6037613b
+# %% ../nbs/40_caps.ipynb #670277b5
 def switch_rule(rule: str, after: int) -> Callable:
     """A callback for `fit`: after that many epochs the model learns by another rule."""
+    _one_of("rule", rule, RULES[:3])
 
     def switch(history, model):
         if len(history) == after:
@@ -376,7 +405,7 @@ def switch_rule(rule: str, after: int) -> Callable:
 
     return switch
 
-# %% ../nbs/40_caps.ipynb #9af7a921
+# %% ../nbs/40_caps.ipynb #9b47fd52
 def orthogonality(
     patterns: torch.Tensor,  # (n, D)
     y: torch.Tensor,  # class numbers, (n,)
@@ -385,6 +414,8 @@ def orthogonality(
     """How alike the patterns of different classes are: three readings of the paper's O."""
     _one_of("of", of, ("other", "own", "means"))
     member = F.one_hot(y)[:, y.unique()].to(patterns.dtype)
+    if member.shape[1] < 2 and of != "own":
+        raise ValueError("orthogonality to other classes needs two classes, the labels have one")
     means = F.normalize(member.T @ patterns / member.sum(0)[:, None])
     if of == "means":
         return float((means @ means.T)[~torch.eye(len(means), device=y.device).bool()].mean())
@@ -399,5 +430,7 @@ def sparsity(
     """How few units carry the patterns."""
     _one_of("measure", measure, ("l1", "l1/rms", "hoyer"))
     l1, l2, n = patterns.abs().sum(1), patterns.norm(dim=1), patterns.shape[1]
+    if measure != "l1" and not l2.all():
+        raise ValueError(f"{int((l2 == 0).sum())} patterns are zero, without {measure!r}; use 'l1'")
     hoyer = (n**0.5 - l1 / l2) / (n**0.5 - 1)
     return float({"l1": l1 / n, "l1/rms": l1 / l2 / n**0.5, "hoyer": hoyer}[measure].mean())

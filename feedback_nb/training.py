@@ -10,6 +10,7 @@ __all__ = ['OPTIMIZERS', 'SCHEDULES', 'seed_all', 'kept_random_state', 'batch_or
 # %% ../nbs/03_training.ipynb #fd6148f4
 import atexit
 import contextlib
+import copy
 import functools
 import hashlib
 import importlib.metadata
@@ -286,7 +287,7 @@ class History:
 # %% ../nbs/03_training.ipynb #2c6349ea
 @torch.no_grad()
 def recalibrate(
-    model: nn.Module,  # any model with batch norm; only its running statistics change
+    model: nn.Module,  # any model with batch norm; the statistics of all its norms change, nothing else
     data,  # a Dataset of (input, target) or a DataLoader, the training data as a rule
     *,
     batch_size: int = 128,  # the size it was trained with: a batch's variance depends on it
@@ -295,6 +296,7 @@ def recalibrate(
     """Estimate the running statistics of batch norm anew, as plain means over all batches, with dropout switched off."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     momenta = [norm.momentum for norm in norms]
+    before = [copy.deepcopy(norm.state_dict()) for norm in norms]
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     try:
         with kept_modes(model), kept_random_state(device):
@@ -304,6 +306,10 @@ def recalibrate(
                 norm.momentum = None  # of torch: each batch counts alike
             for _, _, (x, _) in batches(data, batch_size, seed=seed, epoch=0):
                 model(_to(device, x))
+    except BaseException:
+        for norm, state in zip(norms, before):
+            norm.load_state_dict(state)
+        raise
     finally:
         for norm, momentum in zip(norms, momenta):
             norm.momentum = momentum
