@@ -61,7 +61,8 @@ class TokenMixer(nn.Module):
     ):  # (B, N, D)
         _check(self, x, padding)
         self.allow(causal)
-        y = self.mix(_blank(self.pre_norm(x), padding), padding, causal or self.causal)
+        u = _blank(self.pre_norm(_blank(x, padding)), padding)
+        y = self.mix(u, padding, causal or self.causal)
         return x + self.dropout(_blank(y, padding))
 
 # %% ../nbs/50_fftnet.ipynb #a2a197a0
@@ -116,13 +117,17 @@ def _interpolate(values, n):
     if values.shape[-1] == 1:
         return values.expand(*values.shape[:-1], n // 2 + 1)
     last = values.shape[-1] - 1
-    at = torch.arange(n // 2 + 1, device=values.device) * (2 * last / n)
-    low = at.long().clamp_max(last - 1)
-    return torch.lerp(values[..., low], values[..., low + 1], (at - low).to(values.dtype))
+    at = 2 * last * torch.arange(n // 2 + 1, device=values.device)  # in n-ths of an anchor: whole
+    low = (at // n).clamp_max(last - 1)
+    share = (at - n * low).to(values.dtype) / n
+    return torch.lerp(values[..., low], values[..., low + 1], share)
 
 # %% ../nbs/50_fftnet.ipynb #a553d72c
 class SpectralMixer(TokenMixer):
-    """The released FFTNet layer, x + irfft(φ(w(1 + s)·rfft(LayerNorm x) + b + t)), and repairs."""
+    """The released FFTNet layer, x + irfft(φ(w(1 + s)·rfft(LayerNorm x) + b + t)), and repairs.
+
+    A state dict for N = 2m also loads for N = 2m + 1: both have m + 1 frequencies.
+    """
 
     def __init__(
         self,
@@ -132,7 +137,7 @@ class SpectralMixer(TokenMixer):
         *,
         anchors: "int | None" = None,  # filter values from frequency 0 to 1/2; None: one per bin
         bias: str = "real",  # b + t on the "real" part (released) or the "magnitude" (no impulse)
-        activation=F.gelu,  # of the magnitude; None: a linear filter, with b + t on the real part
+        activation=F.gelu,  # φ, of the magnitude; None: a linear filter, bias="real" only
         adaptive: bool = True,  # s and t, from the mean token; False: none
         **options,  # norm=True (LayerNorm first), dropout=0.0, causal=False (True is refused)
     ):
@@ -140,6 +145,8 @@ class SpectralMixer(TokenMixer):
         if bias not in ("real", "magnitude") or (n_tokens or 0 if anchors is None else anchors) < 1:
             got = f"bias={bias!r}, n_tokens={n_tokens}, anchors={anchors}"
             raise ValueError(f"{got}: 'real' or 'magnitude', and tokens or anchors to filter")
+        if activation is None and bias == "magnitude":
+            raise ValueError("bias='magnitude' acts in the activation, got None; use bias='real'")
         self.n_tokens = n_tokens if anchors is None else None
         self.bias, self.activation = bias, activation
         size = n_tokens // 2 + 1 if anchors is None else anchors
@@ -164,7 +171,7 @@ class SpectralMixer(TokenMixer):
         return w * (1 + s), b + t
 
     def gate(self, z, w, b):  # (B, H, D/H, windows, F)
-        on_real = self.bias == "real" or self.activation is None
+        on_real = self.bias == "real"
         parts = _parts(z, w, b if on_real else torch.zeros_like(b))
         if self.activation is None:
             return _join(parts)
@@ -172,7 +179,9 @@ class SpectralMixer(TokenMixer):
         return _join([part * factor for part in parts])
 
     def factor(self, size, b):
-        return self.activation(size if b is None else size + b) / (size + 1e-6)
+        if b is None:
+            return self.activation(size) / (size + 1e-6)
+        return (self.activation(size + b) - self.activation(b)) / (size + 1e-6)  # 0 at 0
 
     def spread(self, values, n):  # (…, F or A) -> (…, F)
         return values if self.n_tokens else _interpolate(values, n)
@@ -201,7 +210,7 @@ class ModReLUMixer(SpectralMixer):
         return F.relu(size + b) / size.clamp_min(1e-3)
 
     def forward(self, x, padding=None, *, causal=False):
-        y = self.post_norm(super().forward(x, padding, causal=causal))
+        y = self.post_norm(super().forward(_blank(x, padding), padding, causal=causal))
         return y if padding is None else torch.where(padding[..., None], x, y)
 
 # %% ../nbs/50_fftnet.ipynb #e54c97dd
@@ -212,20 +221,23 @@ class WindowedMixer(SpectralMixer):
         if window < 2 or window % 2:
             raise ValueError(f"window={window}: an even number of tokens, 2 or more")
         super().__init__(dim, None, heads, anchors=window // 2 + 1, bias=bias, **options)
-        shape = torch.sin(math.pi * (torch.arange(window) + 0.5) / window)
-        self.register_buffer("shape", shape, persistent=False)  # sin² + cos² = 1
+        self.window = window
+
+    def shape(self, u):  # (window,): sin, whose square and that of its other half add up to 1
+        at = torch.arange(self.window, dtype=u.dtype, device=u.device)
+        return torch.sin(math.pi * (at + 0.5) / self.window)
 
     def spread(self, values, n):
         return values
 
     def analyse(self, u):
-        half = len(self.shape) // 2
+        half = self.window // 2
         blocks = F.pad(u, (0, -u.shape[-1] % half)).unflatten(-1, (-1, half))
-        return _rfft(torch.cat([blocks, blocks.roll(-1, -2)], -1) * self.shape.to(u.dtype))
+        return _rfft(torch.cat([blocks, blocks.roll(-1, -2)], -1) * self.shape(u))
 
     def synthesise(self, z, n):
-        frames = torch.fft.irfft(z, n=len(self.shape), norm="ortho")
-        first, second = (frames * self.shape.to(frames.dtype)).chunk(2, -1)
+        frames = torch.fft.irfft(z, n=self.window, norm="ortho")
+        first, second = (frames * self.shape(frames)).chunk(2, -1)
         return (first + second.roll(1, -2)).flatten(-2)[..., :n]
 
 # %% ../nbs/50_fftnet.ipynb #5e84f618
@@ -288,13 +300,13 @@ class AttentionMixer(TokenMixer):
         self.out = nn.Linear(dim, dim) if projections else nn.Identity()
 
     def allow(self, causal):
-        pass  # whether or not
+        pass  # causal or not: attention can do both
 
     def mix(self, u, padding, causal):
         qkv = (u, u, u) if self.qkv is None else self.qkv(u).chunk(3, -1)
         q, k, v = (a.unflatten(-1, (self.heads, -1)).transpose(1, 2) for a in qkv)
         seen = None
-        if padding is not None:  # a sequence of nothing sees all its blanks: no softmax of nothing
+        if padding is not None:  # nobody there: all seen, since an empty softmax is nan
             seen = (~padding | padding.all(1, keepdim=True))[:, None, None]
             seen = seen.expand(-1, -1, u.shape[1], -1).tril() if causal else seen
         y = F.scaled_dot_product_attention(q, k, v, seen, is_causal=causal and seen is None)
@@ -326,7 +338,7 @@ class FFTNetBlock(nn.Module):
 
     def forward(self, x, padding=None):  # (B, N, D), bool (B, N) -> (B, N, D)
         x = self.mixer(x, padding)
-        return x + _blank(self.mlp(x), padding)
+        return x + _blank(self.mlp(_blank(x, padding)), padding)
 
 # %% ../nbs/50_fftnet.ipynb #295a5ad7
 class Encoder(nn.Module):
@@ -350,10 +362,12 @@ class Encoder(nn.Module):
         if self.cls is not None:
             h = torch.cat([self.cls.to(h.dtype).expand(len(h), -1, -1), h], 1)
             padding = None if padding is None else F.pad(padding, (1, 0))
-        h = self.enter(h + self.position[:, : h.shape[1]])
+        if h.shape[1] > self.position.shape[1]:
+            raise ValueError(f"{h.shape[1]} tokens, but positions for {self.position.shape[1]}")
+        h = self.enter(_blank(h + self.position[:, : h.shape[1]], padding))
         for block in self.blocks:
             h = block(h) if padding is None else block(h, padding)
-        h = _blank(self.norm(h), padding)
+        h = _blank(self.norm(_blank(h, padding)), padding)
         return self.head(_mean_token(h, padding) if self.cls is None else h[:, 0])
 
 # %% ../nbs/50_fftnet.ipynb #5f2b13ff

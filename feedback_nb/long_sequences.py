@@ -103,10 +103,15 @@ def listops(
     shortest = n_tokens // 4 if shortest is None else shortest
     if not 4 <= shortest < n_tokens:
         raise ValueError(f"shortest={shortest}: at least 4 words and below n_tokens={n_tokens}")
+    tries = 0  # since the last new expression
     while len(found) < n:
-        words = _expression(draw, n_tokens, max_depth, max_args)
+        words, before = _expression(draw, n_tokens, max_depth, max_args), len(found)
         if words and shortest < len(words) < n_tokens:
             found[tuple(words)] = evaluate_listops(words)
+        tries = tries + 1 if len(found) == before else 0
+        if tries == 10_000:
+            got = f"{shortest} to {n_tokens} words, max_depth={max_depth}, max_args={max_args}"
+            raise ValueError(f"{len(found)} of {n} expressions found: {got}; allow more")
     x = torch.tensor([_numbered(words, n_tokens) for words in found], dtype=torch.int32)
     return TensorData(x, torch.tensor([*found.values()]), VOCABULARY[1:11], "listops", split)
 
@@ -148,14 +153,17 @@ def pathfinder(
     """Are two discs joined by a dashed path? After Linsley et al. (2018)."""
     g = torch.Generator().manual_seed(random.Random(f"{seed} {split}").getrandbits(62))
     images, labels, lengths = [], [], [dashes, dashes, *[2] * distractors]
+    empty = 0  # rounds in a row without a picture
     while min(sum(int((y == c).sum()) for y in labels) for c in (0, 1)) < (n + 1) // 2:
         snakes = [_walks(4096, length, size, step, bend, g) for length in lengths]
-        if not min(map(len, snakes)):
-            raise ValueError(f"no room: {dashes} dashes of {step:g} pixels in {size}; take fewer")
+        if not min(map(len, snakes)) or empty == 5:
+            got = f"{dashes} dashes of {step:g} pixels, {distractors} distractors in {size} pixels"
+            raise ValueError(f"no room: {got}; take fewer")
         snakes = [s[torch.randint(len(s), (8192,), generator=g)] for s in snakes]
         pairs = [(a, b) for i, a in enumerate(snakes) for b in snakes[:i]]
         clear = torch.stack([torch.cdist(a, b).amin((1, 2)) > 0.8 * step for a, b in pairs]).all(0)
         a, b, *rest = (walk[clear][:256] for walk in snakes)
+        empty = 0 if len(a) else empty + 1
         joined = torch.rand(len(a), generator=g) < 0.5
         other = torch.where(joined[:, None], a[:, -1], b[:, -1])
         lines = torch.cat([torch.stack([s[:, :-1], s[:, 1:]], 2) for s in (a, b, *rest)], 1)
@@ -226,7 +234,8 @@ def read_retrieval(
     n_tokens: int = 4000,  # bytes of each text
 ) -> TensorData:  # ids int32 (n, 2, N); class 1: one of the two papers cites the other
     """The published Retrieval: label, two numbers and two texts in a row, without a header."""
-    rows = [line.split("\t") for line in Path(file).read_text("utf-8").splitlines()]
+    lines = Path(file).read_bytes().decode().split("\n")  # the texts hold other line separators
+    rows = [line.removesuffix("\r").split("\t") for line in lines if line]
     if any(len(row) != 5 for row in rows) or not rows:
         raise ValueError(f"{Path(file).name} must have 5 columns: label, two numbers, two texts")
     x = torch.stack([_bytes([row[i] for row in rows], n_tokens) for i in (3, 4)], 1)

@@ -2,7 +2,9 @@
 
 import copy
 import functools
+import gc
 import pickle
+import weakref
 from pathlib import Path
 
 import pytest
@@ -143,7 +145,7 @@ def test_a_state_dict_of_another_length_is_refused():
 def test_a_unit_filter_doubles_its_input(n):
     x = tokens(n, dtype=torch.float32)
     for kind in (SpectralMixer, anchored, functools.partial(WindowedMixer, window=4), WaveletMixer):
-        mixer = kind(6, n, 2, norm=False, adaptive=False, activation=None)
+        mixer = kind(6, n, 2, norm=False, adaptive=False, activation=None, bias="real")
         nn.init.zeros_(mixer.base_bias)
         assert_close(mixer(x), 2 * x, atol=1e-5, rtol=0)
 
@@ -189,6 +191,16 @@ def test_the_transform_and_its_gradient(n):
         for f in (_rfft, functools.partial(torch.fft.rfft, norm="ortho"))
     )
     assert_close(ours, theirs)
+
+
+def test_anchors_do_not_depend_on_the_default_dtype():
+    values = torch.randn(3, 33, dtype=torch.float64)
+    want = _interpolate(values, 4097)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert_close(_interpolate(values, 4097), want)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_anchors_at_the_bins_are_the_bins():
@@ -242,7 +254,7 @@ def test_the_windows_are_those_of_torch_stft(n):
         around,
         8,
         4,
-        window=mixer.shape.double(),
+        window=mixer.shape(u),
         center=False,
         normalized=True,
         return_complex=True,
@@ -258,6 +270,20 @@ def test_windows_overlap_to_the_sequence(n, window):
         torch.randn(2, 3, n, dtype=torch.float64),
     )
     assert_close(mixer.synthesise(mixer.analyse(u), n), u)
+
+
+def test_the_window_is_made_in_the_precision_of_the_call():
+    x = tokens(40)
+    for move, dtype, close in (
+        (lambda m: m.bfloat16(), torch.bfloat16, 1e-5),  # the FFT itself runs in float32
+        (lambda m: m.double(), torch.float64, 1e-12),
+        (lambda m: m.to("meta").to_empty(device="cpu"), torch.float32, 1e-5),
+    ):
+        mixer = move(WindowedMixer(6, None, 2, window=8))
+        u = x.to(dtype).transpose(1, 2)
+        u = u.to(torch.promote_types(dtype, torch.float32))
+        assert_close(mixer.synthesise(mixer.analyse(u), 40), u, atol=close, rtol=0)
+        assert not list(mixer.buffers())
 
 
 def test_windows_have_no_python_loop():
@@ -304,7 +330,11 @@ def test_the_released_layer_is_not_equivariant_to_shift():
     mixer, x = build("released", 8), tokens(8)
     gap = mixer(x.roll(3, 1)) - mixer(x).roll(3, 1)
     assert gap.abs().max() > 0.01
-    assert_close(mixer.filter(x.roll(3, 1).mean(1)), mixer.filter(x.mean(1)))  # its statistics are
+    with torch.no_grad():  # without b and t nothing in it knows where token 0 is
+        mixer.base_bias.zero_()
+        for p in mixer.adaptive_mlp[2].parameters():
+            p.view(2, 5, 2, -1)[:, :, 1] = 0
+    assert_close(mixer(x.roll(3, 1)), mixer(x).roll(3, 1))
 
 
 def test_attention_does_not_see_order_and_fnet_shifts_the_phase():
@@ -385,6 +415,26 @@ def test_the_gradient_at_nothing_is_finite(name):
     )
 
 
+@pytest.mark.parametrize("name", SPECTRAL)
+@pytest.mark.parametrize("norm", [True, False])
+def test_the_gradient_at_nothing_is_small(name, norm):
+    """As the layers start, with their bias of -0.1; an impulse response is no steeper."""
+    for x in (torch.zeros(1, 7, 6), torch.ones(1, 7, 6) + 1e-5 * tokens(batch=1).float()):
+        torch.manual_seed(0)
+        mixer, x = MIXERS[name](6, 7, 2, norm=norm), x.requires_grad_()
+        mixer(x).sum().backward()
+        assert x.grad.abs().max() < 1000
+
+
+@pytest.mark.parametrize("name", ["magnitude", "repaired", "windowed", "wavelet"])
+def test_the_bias_on_the_magnitude_adds_nothing_to_nothing(name):
+    """What it adds to small tokens is as small as they are."""
+    torch.manual_seed(0)
+    mixer = MIXERS[name](6, 7, 2, norm=False)
+    x = 1e-5 * tokens(dtype=torch.float32)
+    assert (mixer(x) - x).abs().max() < 10 * x.abs().max()
+
+
 # ------------------------------------------------------------ masks
 
 
@@ -400,6 +450,16 @@ def test_padding_is_not_read_and_not_written(name):
     x.requires_grad_()
     mixer(x, whole).sum().backward()
     assert torch.equal(mixer(x, whole), x) and x.grad.isfinite().all()
+
+
+@every
+def test_nan_behind_the_end_reaches_no_gradient(name):
+    padding, block = padded(), FFTNetBlock(6, 7, 2, mixer=MIXERS[name])
+    x = tokens(dtype=torch.float32).masked_fill(padding[..., None], float("nan"))
+    x.requires_grad_()
+    block(x, padding)[~padding].sum().backward()
+    assert x.grad.isfinite().all()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in block.parameters())
 
 
 def test_the_mean_token_is_that_of_the_tokens():
@@ -442,7 +502,17 @@ def test_bf16_and_odd_channels(name):
 
 @every
 def test_copies_are_equal_and_keep_nothing(name):
-    mixer, x = build(name), tokens()
+    mixer, x = build(name), tokens().requires_grad_()
+    attributes = lambda: [{k: v for k, v in vars(m).items() if k[0] != "_"} for m in mixer.modules()]
+    before = attributes()
+    y = mixer(x, padded())
+    y.sum().backward()
+    assert attributes() == before and not list(mixer.buffers())
+    gone = weakref.ref(x), weakref.ref(y)
+    del x, y
+    gc.collect()
+    assert gone[0]() is None and gone[1]() is None
+    x = tokens()
     y = mixer(x)
     assert torch.equal(copy.deepcopy(mixer)(x), y)
     assert torch.equal(pickle.loads(pickle.dumps(mixer))(x), y)
@@ -585,6 +655,10 @@ X = torch.zeros(2, 7, 6)
         wrong(lambda: SpectralMixer(6, 7, 0), "heads=0"),
         wrong(lambda: SpectralMixer(6, 7, 2, bias="both"), "bias='both'"),
         wrong(lambda: SpectralMixer(6, 7, 2, anchors=0), "anchors=0"),
+        wrong(
+            lambda: SpectralMixer(6, 7, 2, bias="magnitude", activation=None),
+            "bias='magnitude' acts in the activation, got None; use bias='real'",
+        ),
         wrong(lambda: SpectralMixer(6, None, 2), "n_tokens=None, anchors=None"),
         wrong(
             lambda: SpectralMixer(6, 7, 2, causal=True),

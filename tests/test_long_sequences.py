@@ -112,7 +112,7 @@ def test_pathfinder_is_balanced_seeded_and_has_two_discs():
 def test_pathfinder_labels_say_whether_a_line_joins_the_discs():
     """Where thickened dashes flow together, the discs are in one region if the label says so."""
     data = pathfinder(120, 48, dashes=5, step=3.0, distractors=0)
-    right = 0
+    right = asked = 0
     for x, y in zip(data.x.view(-1, 48, 48), data.y.tolist(), strict=True):
         wide = torch.nn.functional.max_pool2d(x[None, None].float(), 3, 1, 1)[0, 0]
         regions = parts(wide, 60)
@@ -123,14 +123,31 @@ def test_pathfinder_labels_say_whether_a_line_joins_the_discs():
                 for disc in discs
             ]
             right += (at[0] == at[1]) == bool(y)
-        else:
-            right += 1
-    assert right >= 105
+            asked += 1
+    assert asked >= 100 and right >= 0.9 * asked  # discs that touch are not asked about
 
 
 def test_pathfinder_without_room_is_named():
-    with pytest.raises(ValueError, match="no room: 60 dashes of 2.5 pixels in 16; take fewer"):
+    message = "no room: 60 dashes of 2.5 pixels, 2 distractors in 16 pixels; take fewer"
+    with pytest.raises(ValueError, match=message):
         pathfinder(2, 16, dashes=60)
+    with pytest.raises(ValueError, match="no room: 4 dashes .* 14 distractors in 16 pixels"):
+        pathfinder(2, 16, distractors=14)
+
+
+@pytest.mark.parametrize(
+    "sizes, message",
+    [
+        ({"n": 2, "n_tokens": 256, "max_depth": 2}, "0 of 2 expressions found: 64 to 256 words"),
+        ({"n": 1, "n_tokens": 6, "shortest": 5}, "0 of 1 expressions found: 5 to 6 words"),
+        ({"n": 10**6, "n_tokens": 6, "shortest": 4, "max_depth": 2}, "of 1000000 expressions"),
+    ],
+)
+def test_listops_that_do_not_exist_are_named(sizes, message):
+    if sizes["n"] > 10:
+        sizes = {**sizes, "max_args": 2}
+    with pytest.raises(ValueError, match=message):
+        listops(**sizes)
 
 
 # ------------------------------------------------------------ pixels
@@ -214,9 +231,11 @@ def test_pathfinder_files(tmp_path):
 
 def test_retrieval_and_text_files(tmp_path):
     file = tmp_path / "new_aan_pairs.train.tsv"
-    file.write_text("1.0\t3\t4\tab\tÄ\n0.0\t5\t6\tabcdef\tx\n", encoding="utf-8")
+    lines = "1.0\t3\t4\tab\tÄ\n0.0\t5\t6\tabcdef\tx\n1.0\t7\t8\ta\x0cb\ta\x85\u2028\r\r\n"
+    file.write_bytes(lines.encode())
     data = read_retrieval(file, 4)
-    assert data.x.shape == (2, 2, 4) and data.y.tolist() == [1, 0]
+    assert data.x.shape == (3, 2, 4) and data.y.tolist() == [1, 0, 1]
+    assert data.x[2, 0].tolist() == [98, 13, 99, 0]
     assert data.x[0].tolist() == [[98, 99, 0, 0], [0xC3 + 1, 0x84 + 1, 0, 0]] and data.x[
         1, 0
     ].tolist() == [98, 99, 100, 101]
@@ -248,6 +267,13 @@ def test_what_stands_behind_the_end_is_not_read(mixer, pool):
         net.position[:, -3:] += 5
     assert torch.allclose(net(x), y, atol=1e-5)
     assert not torch.allclose(net(x.roll(1, 1)), y, atol=1e-3)
+
+
+def test_a_sequence_longer_than_the_positions_is_named():
+    net = SequenceClassifier(None, 9, 3, dim=8, heads=2, anchors=5)
+    assert net(torch.rand(2, 6)).shape == (2, 3)
+    with pytest.raises(ValueError, match="12 tokens, but positions for 9"):
+        net(torch.rand(2, 12))
 
 
 def test_numbers_and_gradients():
