@@ -66,6 +66,8 @@ class TokenMixer(nn.Module):
         return x + self.dropout(_blank(y, padding))
 
 # %% ../nbs/50_fftnet.ipynb #a2a197a0
+#| code-fold: true
+#| code-summary: "Half a spectrum and its adjoint"
 class _RealFFT(torch.autograd.Function):
     """`rfft` whose backward is one `irfft`; that of torch's own is a full complex FFT."""
 
@@ -96,6 +98,8 @@ def _rfft(x):
     return torch.fft.rfft(x, norm="ortho") if plain else _RealFFT.apply(x)
 
 # %% ../nbs/50_fftnet.ipynb #33574fdb
+#| code-fold: true
+#| code-summary: "Products, sizes, straight lines between anchors"
 def _parts(z, w, b):
     """Real and imaginary part of z w + b, each by itself: faster than complex times real."""
     if not z.is_complex():
@@ -259,7 +263,7 @@ def inverse_haar(bands, n):  # -> (…, N)
         x = torch.stack([x + d, x - d], -1).flatten(-2) * 0.5**0.5
     return x[..., :n]
 
-
+# %% ../nbs/50_fftnet.ipynb #a7d1c0de
 class WaveletMixer(SpectralMixer):
     """The filter on Haar coefficients: one value for each of `levels` + 1 bands; any N."""
 
