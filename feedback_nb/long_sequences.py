@@ -83,7 +83,7 @@ def _expression(draw, n_tokens, max_depth, max_args):
         if not missing:
             return words
 
-
+# %% ../nbs/51_long_sequences.ipynb #c0ffee51
 def _numbered(words, n_tokens):
     return [_ID[word] for word in words] + [0] * (n_tokens - len(words))
 
