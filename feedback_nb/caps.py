@@ -90,7 +90,7 @@ def _summed(parts):
 def _checked_labels(model, x, y):
     """The labels as int64; refuses what would give a wrong number, before the model has changed."""
     if y.is_floating_point() or y.dtype == torch.bool or y.shape != x.shape[:1] or not len(y):
-        raise ValueError(f"labels: {len(x)} > 0 whole numbers needed, got {tuple(y.shape)} {y.dtype}")
+        raise ValueError(f"labels: {len(x)} > 0 whole numbers needed, not {list(y.shape)} {y.dtype}")
     norms = [tap.norm for tap in getattr(model, "taps", ()) if isinstance(tap.norm, nn.BatchNorm1d)]
     if len(y) < 2 and any(norm.training for norm in norms):
         raise ValueError("batch norm of the pattern needs 2 examples, got 1; try norm='layer'")
@@ -112,7 +112,9 @@ def _recall_rule(model, _):
     model._rule = rule if (rule == "bp") == (model._rule == "bp") else model._rule
     model.rule_number.fill_(RULES.index(model._rule))
 
-# %% ../nbs/40_caps.ipynb #3afb302d
+# %% ../nbs/40_caps.ipynb #42bdd101
+#| code-fold: true
+#| code-summary: "The class"
 class CAPs(nn.Module):
     """Blocks that classify by their co-activation pattern, by its most similar prototype."""
 
@@ -247,7 +249,9 @@ def _counting(model, saved):
 
     return saved_tensors_hooks(note, give_back)
 
-# %% ../nbs/40_caps.ipynb #f0153367
+# %% ../nbs/40_caps.ipynb #8d5263fc
+#| code-fold: true
+#| code-summary: "The two phases"
 def _look(model, x, keep, budget):
     """Phase one: the three sums, a `_Moment` of each block, and the graphs of the last blocks."""
     h, parts, moments, graphs, sizes = x, [], [], {}, {}
@@ -295,7 +299,9 @@ def _learn(model, x, signal, moments, graphs, optimizers):
             differentiate(k, model.taps[k](h))
             h = h.detach()
 
-# %% ../nbs/40_caps.ipynb #9a23b1ff
+# %% ../nbs/40_caps.ipynb #12bd9fc6
+#| code-fold: true
+#| code-summary: "local_backward, and the rule local"
 def _local(model, x, y, optimizers):
     """The rule "local": every block has a loss of its own and waits for nobody."""
     h, losses = x, []
@@ -345,7 +351,9 @@ def local_backward(
     _learn(model, x, [s.grad for s in sums], moments, graphs, optimizers)
     return loss.detach()
 
-# %% ../nbs/40_caps.ipynb #d87cf727
+# %% ../nbs/40_caps.ipynb #9df3aa62
+#| code-fold: true
+#| code-summary: "vgg and mlp"
 STAGES = {6: (1, 1, 2), 8: (2, 2, 2), 11: (4, 2, 3), 16: (6, 3, 5), 19: (7, 4, 6)}
 
 

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from feedback_nb import caps
 from feedback_nb.caps import RULES, CAPs, local_backward, mlp, orthogonality, pooled, pooling_grid, recalibrate, sparsity, switch_rule, vgg
 from feedback_nb.data import load
-from feedback_nb.evaluation import _saved_bytes, compare
+from feedback_nb.evaluation import _peak_bytes, _saved_bytes, compare
 from feedback_nb.training import evaluate, fit
 
 
@@ -266,14 +266,22 @@ def test_memory_does_not_grow_with_depth():
     assert loops <= 1.05 * local[11]
 
 
+def alive(step, n=16):
+    """Bytes alive at most in a step of VGG11; sees what a budget's own counting hides from `Saved`."""
+    torch.manual_seed(0)
+    model = vgg(11, multiplier=1 / 4, width=256).to(memory_format=torch.channels_last)
+    x, y = batch(n, size=32)
+    x = x.contiguous(memory_format=torch.channels_last)
+    return _peak_bytes(lambda: step(model, x, y), x.device)
+
+
 def test_a_budget_keeps_what_fits_and_no_more():
-    none, all_of_it = peak(11, "caps", local_backward), peak(11, "caps", lambda m, x, y: m.loss(x, y).backward())
-    for share in (0.2, 0.5):
-        budget = int(share * all_of_it)
-        got = peak(11, "caps", lambda m, x, y, budget=budget: m.local_backward(x, y, budget=budget))
-        assert got <= budget + none  # the kept graphs, and the one that grows
-    keep = peak(11, "caps", lambda m, x, y: m.local_backward(x, y, keep=4))
-    assert keep < 0.6 * all_of_it
+    none, whole = alive(local_backward), alive(lambda m, x, y: m.loss(x, y).backward())
+    tried = {budget: alive(lambda m, x, y, b=budget: m.local_backward(x, y, budget=b)) for budget in (0, whole // 2, 2 * whole)}
+    assert tried[0] < 1.1 * none
+    assert tried[0] < tried[whole // 2] < whole // 2 + none  # the kept graphs, and the one that grows
+    assert tried[whole // 2] < tried[2 * whole] < 1.1 * whole
+    assert peak(11, "caps", lambda m, x, y: m.local_backward(x, y, keep=4)) < 0.6 * whole
 
 
 def test_kept_blocks_run_once_and_the_others_twice():
@@ -284,8 +292,6 @@ def test_kept_blocks_run_once_and_the_others_twice():
             block.register_forward_hook(lambda *_, k=k, runs=runs: runs.append(k))
         model.local_backward(x, y, **options)
         assert [runs.count(k) for k in range(5)] == [2] * twice + [1] * (5 - twice)
-    sizes = [peak(11, "caps", lambda m, x, y, b=b: m.local_backward(x, y, budget=b)) for b in (0, 10**6, 10**8)]
-    assert sizes[0] <= sizes[1] < sizes[2]
 
 
 def test_counting_saved_bytes_lets_go_of_the_graph():
@@ -585,8 +591,8 @@ def test_what_does_not_depend_on_scale_and_what_does(scale, seed):
 
 @pytest.mark.parametrize("step", ["loss", "local_backward"])
 @pytest.mark.parametrize("y, match", [
-    (torch.tensor([0, 10]), "0…9, got 0…10"), (torch.tensor([-1, 3]), "got -1…3"), (torch.tensor([0.0, 1.0]), "float32"), (torch.tensor([1]), r"\(1,\)"),
-    (torch.tensor([[0], [1]]), r"\(2, 1\)"), (torch.tensor([True, False]), "bool"),
+    (torch.tensor([0, 10]), "0…9, got 0…10"), (torch.tensor([-1, 3]), "got -1…3"), (torch.tensor([0.0, 1.0]), "float32"), (torch.tensor([1]), r"not \[1\]"),
+    (torch.tensor([[0], [1]]), r"\[2, 1\]"), (torch.tensor([True, False]), "bool"),
 ])
 def test_labels_that_are_no_classes(step, y, match):
     model = small()
