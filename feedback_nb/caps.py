@@ -90,7 +90,7 @@ def _summed(parts):
 def _checked_labels(model, x, y):
     """The labels as int64; refuses what would give a wrong number, before the model has changed."""
     if y.is_floating_point() or y.dtype == torch.bool or y.shape != x.shape[:1] or not len(y):
-        raise ValueError(f"labels: {len(x)} > 0 whole numbers needed, not {list(y.shape)} {y.dtype}")
+        raise ValueError(f"labels: {len(x)} > 0 whole numbers, not {list(y.shape)} {y.dtype}")
     norms = [tap.norm for tap in getattr(model, "taps", ()) if isinstance(tap.norm, nn.BatchNorm1d)]
     if len(y) < 2 and any(norm.training for norm in norms):
         raise ValueError("batch norm of the pattern needs 2 examples, got 1; try norm='layer'")
