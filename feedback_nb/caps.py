@@ -19,10 +19,11 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+from .patterns import orthogonality, sparsity
 from .training import recalibrate
 
 RULES = ("caps", "full", "local", "bp")
-_all_ = ["recalibrate"]
+_all_ = ["orthogonality", "sparsity", "recalibrate"]
 
 
 def _one_of(name, value, choices):
@@ -412,33 +413,3 @@ def switch_rule(rule: str, after: int) -> Callable:
             model.rule = rule
 
     return switch
-
-# %% ../nbs/40_caps.ipynb #9b47fd52
-def orthogonality(
-    patterns: torch.Tensor,  # (n, D)
-    y: torch.Tensor,  # class numbers, (n,)
-    of: str = "other",  # samples to "other" class means, to their "own", or "means" to each other
-) -> float:  # mean cosine; for "other" and "means", lower is better separated
-    """How alike the patterns of different classes are: three readings of the paper's O."""
-    _one_of("of", of, ("other", "own", "means"))
-    member = F.one_hot(y)[:, y.unique()].to(patterns.dtype)
-    if member.shape[1] < 2 and of != "own":
-        raise ValueError("orthogonality to other classes needs two classes, the labels have one")
-    means = F.normalize(member.T @ patterns / member.sum(0)[:, None])
-    if of == "means":
-        return float((means @ means.T)[~torch.eye(len(means), device=y.device).bool()].mean())
-    own = member.bool()
-    return float((F.normalize(patterns) @ means.T)[own if of == "own" else ~own].mean())
-
-
-def sparsity(
-    patterns: torch.Tensor,  # (n, D)
-    measure: str = "l1",  # mean |m|; "l1/rms": free of scale; "hoyer": 0 all alike … 1 one unit
-) -> float:  # mean over examples; lower is sparser for the first two, higher for "hoyer"
-    """How few units carry the patterns."""
-    _one_of("measure", measure, ("l1", "l1/rms", "hoyer"))
-    l1, l2, n = patterns.abs().sum(1), patterns.norm(dim=1), patterns.shape[1]
-    if measure != "l1" and not l2.all():
-        raise ValueError(f"{int((l2 == 0).sum())} patterns are zero, without {measure!r}; use 'l1'")
-    hoyer = (n**0.5 - l1 / l2) / (n**0.5 - 1)
-    return float({"l1": l1 / n, "l1/rms": l1 / l2 / n**0.5, "hoyer": hoyer}[measure].mean())

@@ -26,7 +26,8 @@ MAY_IMPORT = {
     "steering": {"lrm", "feedback", "fixed_points", "data", "training", "evaluation", "plots"},
     "signatures": {"feedback", "fixed_points", "data", "training", "evaluation", "plots"},
     "cbl": {"feedback", "fixed_points", "data", "training", "evaluation", "plots"},
-    "caps": {"feedback", "fixed_points", "data", "training", "evaluation", "plots"},
+    "patterns": set(),
+    "caps": {"patterns", "feedback", "fixed_points", "data", "training", "evaluation", "plots"},
     "fftnet": {"feedback", "fixed_points", "data", "training", "evaluation", "plots"},
     "long_sequences": {"fftnet", "feedback", "fixed_points", "data", "training", "evaluation", "plots"},
 }
