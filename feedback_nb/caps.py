@@ -331,10 +331,11 @@ def local_backward(
     if optimizers is not None and (whole or len(optimizers) != blocks):
         got = f"{len(optimizers)} and {model.rule!r}"
         raise ValueError(f"{blocks} optimizers and rule 'caps' or 'local' are needed, got {got}")
-    units = zip(model.blocks, getattr(model, "taps", ()))
-    of_units = [id(p) for unit in units for p in {p for m in unit for p in m.parameters()}]
-    if optimizers is not None and len(set(of_units)) < len(of_units):
-        raise ValueError("two blocks share a weight; use one optimizer for all")
+    if optimizers is not None:
+        units = [nn.ModuleList(unit) for unit in zip(model.blocks, model.taps)]
+        weights = [p for unit in units for p in unit.parameters()]
+        if len(set(weights)) < len(weights):
+            raise ValueError("two blocks share a weight; use one optimizer for all")
     if whole:
         loss = model.loss(x, y)
         loss.backward()
