@@ -1063,10 +1063,12 @@ def bootstrap_interval(
 # %% ../nbs/04_evaluation.ipynb #b1a5ed06
 def class_moments(
     sums: dict,  # {class: (n, mean, sum of squared deviations)} so far; {} before the first batch
-    a: torch.Tensor,  # (B, …) one more batch, float64 where digits matter
-    y: torch.Tensor,  # (B,) class numbers, on the device of `a`
-) -> dict:  # `sums`, changed in place
+    a: torch.Tensor,  # (B, …) one more batch
+    y: torch.Tensor,  # (B,) class numbers
+) -> dict:  # `sums`, changed in place, in float64
     """One more batch for means and variances by class; the variance is the sum over n - 1."""
+    a = (a.cpu() if a.device.type == "mps" else a).double()  # Metal has no float64
+    y = y.to(a.device)
     for c in y.unique().tolist():
         part = a[y == c]
         n, mean = len(part), part.mean(0)
