@@ -180,7 +180,7 @@ LONG = "x" * 101
     ("x = 1\n" * 301, "301 code lines"),
     ("raise ValueError('a')\nraise ValueError('b')\n", "2 raises, at most 25 per 1,000"),
     (f"raise ValueError('{LONG}')", "1 error messages of more than 100"),
-    (f"raise ValueError(f'{LONG[:50]}' '{{x}}' + '{LONG[:43]}')", "1 error messages of more"),
+    (f"raise ValueError(f'{LONG[:50]}' f'{{{{x}}}}' + '{LONG[:43]}')", "1 error messages of more"),
     (f"raise ValueError('{LONG[:20]}' + ('{LONG}' if x else ''))", "1 error messages of more"),
     ("def f():\n    'What it does.'", "1 docstrings that are not"),
     ("x: 'int'", "1 types in quotes"),
