@@ -30,6 +30,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .checks import need_equal, need_number
 from .feedback import FeedbackModel, stepwise_loss
 
 if TYPE_CHECKING:
@@ -1032,9 +1033,8 @@ def biased_answer(
     import numpy as np
 
     margin, rate = np.asarray(margin), np.asarray(false_alarms)
-    if not (0 < shown < margin.shape[-1] and ((rate >= 0) & (rate <= 1)).all()):
-        needs = f"margins (…, n, k > {shown}) and rates in [0, 1]"
-        raise ValueError(f"biased_answer needs {needs}, got {margin.shape} and {false_alarms}")
+    need_number(1, margin.shape[-1] - 1, whole=True, shown=shown)
+    need_number(0, 1, lowest_rate=rate.min(), highest_rate=rate.max())
     inf = np.full((*margin.shape[:-2], 1), np.inf)
     absent = np.sort(margin[..., shown:].reshape(*inf.shape[:-1], -1), -1)
     ends = np.concatenate([-inf, absent, inf], -1)  # a bias between two ends: so many false alarms
@@ -1068,8 +1068,10 @@ def class_moments(
 ) -> dict:  # `sums`, changed in place, in float64
     """One more batch for means and variances by class; the variance is the sum over n - 1."""
     a = (a.cpu() if a.device.type == "mps" else a).double()  # Metal has no float64
+    need_equal(y.dim(), 1, "dimensions of the labels")
     y = y.to(a.device)
     for c in y.unique().tolist():
+        need_number(0, whole=True, label=c)
         part = a[y == c]
         n, mean = len(part), part.mean(0)
         squares = (part - mean).square().sum(0)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from .checks import need_equal, need_known, need_number
 from .evaluation import class_moments
 from .feedback import FeedbackModel, edit, find_layers
 from .training import batches, kept_modes, kept_random_state
@@ -36,14 +37,14 @@ def _passes(model, x, steps, steer):
     loops = isinstance(model, FeedbackModel)
     steered = loops and "steer" in inspect.signature(model.step).parameters
     if steer is not None and not steered or steps and not loops:
-        what = f"{type(model).__name__} cannot be steered" if loops else f"{type(model).__name__} has one pass"
-        raise ValueError(f"{what}: leave steps and steer out, or wrap it (LRM, CBL)")
+        what = "cannot be steered" if loops else "has one pass"
+        remedy = "leave steps and steer out, or wrap it (LRM, CBL)"
+        raise ValueError(f"{type(model).__name__} {what}: {remedy}")
     if not loops:
         yield model(x)
         return
     steps = model.steps if steps is None else steps
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-        raise ValueError(f"steps must be a whole number ≥ 0 (0 is the plain pass), got {steps!r}")
+    need_number(0, whole=True, steps=steps)
     context = {} if steer is None else {"steer": steer}
     state = model.start(x, **context)
     yield state.y
@@ -111,8 +112,7 @@ class Moments(NamedTuple):
 
 def _units(held, units):
     """(T+1, B, units…): each number is a unit ("place"), or a channel's mean over all places."""
-    if units not in ("place", "channel"):
-        raise ValueError(f"units must be 'place' or 'channel', got {units!r}")
+    need_known(units, ("place", "channel"), "kind of units")
     if units == "place" or held.dim() < 4:
         return held
     return held.flatten(3).mean(3) if held.dim() > 4 else held.mean(2)  # maps, tokens (…, N, D)
@@ -137,9 +137,6 @@ def moments(
     device, sums, eps = _device(model), {layer: {} for layer in layers}, {}
     with kept_random_state(device):  # reading data seeds the generators
         for _, _, (x, y) in batches(data, batch_size):
-            if y.dim() != 1 or y.is_floating_point():
-                found = f"{tuple(y.shape)}, {y.dtype}"
-                raise ValueError(f"labels must be one category number an image (B,), got {found}")
             x = x.to(device) if prepare is None else prepare(x.to(device))
             for layer, a in responses(model, x, layers, steps=steps).items():
                 eps[layer] = torch.finfo(a.dtype).eps
@@ -201,9 +198,8 @@ def localize(
     import numpy as np
     from scipy.stats import false_discovery_control, ttest_ind_from_stats
 
-    if target not in moments.classes or not 0 < q < 1:
-        needs = f"one of {', '.join(map(repr, moments.classes))}, and q in (0, 1)"
-        raise ValueError(f"localize needs {needs}; got {target!r} and q={q}")
+    need_known(target, moments.classes, "category of these moments")
+    need_number(0, 1, strict=True, q=q)
     k, (t, p, selective) = moments.classes.index(target), ({}, {}, {})
     rest, n = [i for i in range(len(moments.classes)) if i != k], moments.count.numpy()
     how = dict(equal_var=equal_var, alternative="greater")
@@ -246,10 +242,9 @@ def signature(
             steer = thought(rows) if callable(thought) else thought
             for layer, a in responses(model, part, layers, steps=steps, steer=steer).items():
                 a, masks = _units(a, units), [masks.get(layer) for masks in groups.values()]
-                if odd := [m for m in masks if m is None or m.shape != a.shape[2:]]:
-                    mask = odd[0] if odd[0] is None else tuple(odd[0].shape)
-                    has = f"{tuple(a.shape[2:])} ({units=})"
-                    raise ValueError(f"every group needs masks {has} for {layer!r}, got {mask}")
+                for mask in masks:
+                    shape = () if mask is None else tuple(mask.shape)
+                    need_equal(shape, tuple(a.shape[2:]), f"units in the masks of {layer!r}")
                 weight = torch.stack(masks).flatten(1).to(a)
                 mean = a.flatten(2) @ (weight / weight.sum(1, keepdim=True)).T  # (T+1, b, groups)
                 found[layer][i].append(mean.permute(2, 0, 1))
@@ -272,10 +267,9 @@ def named_responses(
         rows, outputs = _record(model, x, layers, steps, steer)
     rows, last, found = {**rows, "logits": outputs}, len(outputs) - 1, OrderedDict()
     for name, (layer, sign, t) in at.items():
-        t = t if sign else str(last)
-        if not t.isdigit() or int(t) > last:
-            raise ValueError(f"{name!r}: the pass must be a number from 0 to {last}, got {t!r}")
-        found[name] = rows[layer][int(t)].detach().cpu().numpy()
+        t = int(t) if t.isdigit() else t if sign else last
+        need_number(0, last, whole=True, **{f"the pass of {name!r}": t})
+        found[name] = rows[layer][t].detach().cpu().numpy()
     return found
 
 # %% ../nbs/37_signatures.ipynb #c054220a

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .checks import need_known, need_number
 from .evaluation import biased_answer, bootstrap_interval, class_moments, margins
 from .lrm import LRM
 from .text import Denoiser, TextPrior, cosine_schedule, fit_diffusion, fit_ridge
@@ -116,16 +117,6 @@ def _mixed(own: torch.Tensor, vector: torch.Tensor, blend, source: str) -> torch
     return torch.lerp(*torch.broadcast_tensors(own, vector, blend))
 
 # %% ../nbs/35_steering.ipynb #32339144
-def _labels(y, n_classes: int | None = None) -> torch.Tensor:
-    """Class numbers as a tensor (B,), checked."""
-    y, end = torch.as_tensor(y), math.inf if n_classes is None else n_classes
-    odd = y.dim() != 1 or y.is_floating_point()
-    if odd or ((y < 0) | (y >= end)).any():
-        found = f"{y.dtype} {tuple(y.shape)}" if odd else f"{int(y.min())} to {int(y.max())}"
-        raise ValueError(f"classes (N,) must be whole numbers in [0, {end}), got {found}")
-    return y
-
-
 def one_hot(
     classes: int | Sequence[int] | torch.Tensor,  # one class or several
     n_classes: int,
@@ -133,14 +124,17 @@ def one_hot(
     scale: float = 1.0,  # the value at the class; a layer-normalised source does not see it
 ) -> torch.Tensor:  # (n, n_classes), float32
     """The crudest steering vector: `scale` at the class, 0 elsewhere."""
-    classes = _labels(torch.as_tensor(classes).reshape(-1), n_classes)
+    classes = torch.as_tensor(classes).reshape(-1)
+    for c in classes.tolist():
+        need_number(0, n_classes - 1, whole=True, class_number=c)
     return scale * F.one_hot(classes.long(), n_classes).float()
 
 
 def _alike(a, b, needs: str, ok: bool = True):
     """Two tensors of one shape, and what else is needed."""
     if a.shape != b.shape or not ok:
-        raise ValueError(f"needs {needs}, got {tuple(a.shape)} and {tuple(b.shape)}, {a.dtype}")
+        found = f"{tuple(a.shape)} and {tuple(b.shape)}, {a.dtype}"
+        raise ValueError(f"two {needs} of one shape are needed, got {found}")
 
 
 def contrast(
@@ -148,15 +142,15 @@ def contrast(
     away: torch.Tensor,  # of the same shape
 ) -> torch.Tensor:  # v₁ - v₂
     """Look for the one rather than the other."""
-    _alike(toward, away, "two vectors of one shape")
+    _alike(toward, away, "vectors")
     return toward - away
 
 # %% ../nbs/35_steering.ipynb #c8f51ab7
 def _source(model: LRM, source: str | None) -> str:
     names = list(model.sources)
-    if source is not None and source not in names:
-        raise ValueError(f"{source!r} is no source of this model; its sources are {names}")
-    return names[-1] if source is None else source
+    source = names[-1] if source is None else source
+    need_known(source, names, "source of this model")
+    return source
 
 
 @torch.no_grad()
@@ -197,8 +191,9 @@ def prototype(
     with kept_random_state(device):  # reading data seeds the generators
         for _, _, (x, y) in batches(data, batch_size):
             a = instance(model, x.to(device), source, steps=steps)
-            class_moments(sums, a, _labels(y, n_classes))
-    classes = range(max(known, 1 + max(sums, default=0)))
+            class_moments(sums, a, y)
+    classes = range(max(known, 1 + max(sums)))
+    need_number(high=math.inf if n_classes is None else n_classes - 1, label=classes[-1])
     if missing := [c for c in classes if c not in sums]:
         raise ValueError(f"class {missing[0]} has no example to average; give one, or n_classes")
     count = torch.tensor([sums[c][0] for c in classes])
@@ -215,8 +210,8 @@ def overlay(
     weight: float = 0.5,  # of `a`, in [0, 1]
 ) -> torch.Tensor:  # weight·a + (1-weight)·b
     """Two pictures through each other, half and half."""
-    fits = a.dim() >= 3 and a.is_floating_point() and 0 <= weight <= 1
-    _alike(a, b, "floating-point pictures (…, C, H, W) of one shape, weight in [0, 1]", fits)
+    need_number(0, 1, weight=weight)
+    _alike(a, b, "floating-point pictures (…, C, H, W)", a.dim() > 2 and a.is_floating_point())
     return weight * a + (1 - weight) * b
 
 
@@ -226,8 +221,8 @@ def side_by_side(
     fit: str = "wide",  # (…, C, H, 2W), for networks of any size; "squeeze": (…, C, H, W)
 ) -> torch.Tensor:
     """Two pictures beside each other."""
-    fits = a.dim() >= 3 and (fit == "wide" or fit == "squeeze" and a.is_floating_point())
-    _alike(a, b, "pictures (…, C, H, W) of one shape; fit 'wide', or 'squeeze' for floats", fits)
+    need_known(fit, ("wide", "squeeze"), "fit")
+    _alike(a, b, "pictures (…, C, H, W)", a.dim() > 2 and (fit == "wide" or a.is_floating_point()))
     both = torch.cat([a, b], -1)
     if fit == "wide":
         return both
@@ -244,9 +239,8 @@ def triplets(
     """Every pair of classes equally often, the absent class and the pictures in turn."""
     generator, y = torch.Generator().manual_seed(seed), torch.as_tensor(y).cpu()
     classes = y.unique().tolist()
-    if len(classes) < 3 or per_pair < 1:
-        found = f"classes {classes} and {per_pair=}"
-        raise ValueError(f"triplets need three classes and one triplet a pair, got {found}")
+    need_number(3, number_of_classes=len(classes))
+    need_number(1, whole=True, per_pair=per_pair)
     members = {c: (y == c).nonzero().flatten() for c in classes}
 
     def draw(c, n):  # n members of a class, in shuffled rounds over all of them
@@ -272,8 +266,8 @@ def a_prime(
 ):  # float, or a float64 tensor
     """Sensitivity without a distribution: ½ where hits equal false alarms, 1 at best."""
     h, f = (torch.as_tensor(v, dtype=torch.float64) for v in (hits, false_alarms))
-    if not all(((v >= 0) & (v <= 1)).all() for v in (h, f)):
-        raise ValueError(f"hits and false alarms are rates in [0, 1], got {hits}, {false_alarms}")
+    for rates in (h, f):
+        need_number(0, 1, lowest_rate=rates.min().item(), highest_rate=rates.max().item())
     top, low, way = torch.maximum(h, f), torch.minimum(h, f), torch.sign(h - f)
     d = top - low
     scale = torch.where(d > 0, 4 * top * (1 - low), torch.ones_like(d))  # top > low: no factor is 0
@@ -286,6 +280,10 @@ class Search(NamedTuple):
 
     hits: torch.Tensor  # (n, 2, T+1) bool: steered to either shown class, does it answer that?
     false_alarms: torch.Tensor  # (n, T+1) bool: steered to the absent class, does it answer that?
+
+    def last(self) -> tuple:  # (n, 2) and (n, 1)
+        """Hits and false alarms after the last pass."""
+        return self.hits[..., -1], self.false_alarms[:, -1:]
 
     def rates(self) -> dict:
         """Hit rate, false alarm rate and A′ of every pass, each a list of T+1 numbers."""
@@ -326,11 +324,10 @@ def search(
     **how,  # as for `Steer`: gain, blend, from_first_pass
 ) -> Search:
     """Look for each of the three classes of every triplet; they share the plain pass."""
-    name, device, said, y = _source(model, source), next(model.parameters()).device, [], _labels(y)
-    needed = {"class": int(y.max()) + 1, "picture": len(x)}.get(by, math.inf)
-    if len(vectors) < needed:
-        found = f"{by!r} and {len(vectors)} vectors"
-        raise ValueError(f"by must be 'class' or 'picture', with a vector for each; got {found}")
+    need_known(by, ("class", "picture"), "way to give vectors")
+    name, device, said = _source(model, source), next(model.parameters()).device, []
+    y = torch.as_tensor(y)
+    need_number(len(x) if by == "picture" else int(y.max()) + 1, number_of_vectors=len(vectors))
     with kept_modes(model):
         model.eval()
         for rows in three.split(batch_size):
@@ -411,13 +408,13 @@ def composite_test(
         for part in three.split(batch_size):
             shown = compose(x[part[:, 0]], x[part[:, 1]]).to(device)
             logits.append(model(shown, steps=0).float().cpu())
-    margin = margins(torch.cat(logits), _labels(y).cpu()[three])
+    margin = margins(torch.cat(logits), torch.as_tensor(y).cpu()[three])
     named = vectors if isinstance(vectors, Mapping) else {"vectors": vectors}
     for name, each in named.items():
         each, by = each if isinstance(each, tuple) else (each, "class")
         for gain in gains:
             look = dict(by=by, gain=gain, compose=compose, batch_size=batch_size, **how)
             found = search(model, x, y, three, each, **look)
-            hits, alarms = found.hits[..., -1].double().mean(1), found.false_alarms[:, -1]
-            rows[name, gain] = composite_scores(hits, alarms.double(), margin)
+            hits, alarms = (said.double().mean(1) for said in found.last())
+            rows[name, gain] = composite_scores(hits, alarms, margin)
     return pd.DataFrame(rows).T.rename_axis(["vector", "gain"])

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .checks import need_equal, need_known, need_number
+
 # %% ../nbs/38_text.ipynb #7e87ad00
 def text_embeddings(
     words: Sequence[str],  # names of categories
@@ -37,9 +39,7 @@ def text_embeddings(
             embedded = net.encode_text(tokens)
     else:
         embedded = torch.as_tensor(encoder(texts), device=device)
-    if embedded.dim() != 2 or len(embedded) != len(texts):
-        found = tuple(embedded.shape)
-        raise ValueError(f"the encoder gave shape {found}, expected ({len(texts)}, D)")
+    need_equal(tuple(embedded.shape[:-1]), (len(texts),), "embeddings")
     return F.normalize(embedded.float(), dim=1)
 
 # %% ../nbs/38_text.ipynb #7e87ad02
@@ -105,8 +105,7 @@ class TextPrior(nn.Module):
         drop: float = 0.2,  # how often the text is withheld in training
     ):
         super().__init__()
-        if method not in ("diffusion", "ridge"):
-            raise ValueError(f"method must be 'diffusion' or 'ridge', got {method!r}")
+        need_known(method, ("diffusion", "ridge"), "method of a TextPrior")
         self.method, self.drop, self.text_dim, self.out_dim = method, drop, text_dim, out_dim
         self.register_buffer("mean", torch.zeros(out_dim))
         self.register_buffer("scale", torch.ones(()))
@@ -211,8 +210,7 @@ def sample_diffusion(
     seed: int,
 ) -> torch.Tensor:  # (n, out_dim), the mean of the samples
     """Ancestral sampling (Ho and others, 2020), all samples of a text at once."""
-    if samples < 1:
-        raise ValueError(f"samples must be at least 1, got {samples}")
+    need_number(1, whole=True, samples=samples)
     generator, n = torch.Generator(text.device).manual_seed(seed), len(text)
     at = dict(generator=generator, device=text.device)
     x, said = torch.randn(samples * n, prior.out_dim, **at), text.repeat(samples, 1)

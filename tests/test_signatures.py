@@ -286,9 +286,9 @@ def test_loaders_names_and_random_state():
         (torch.randn(4, 2), [0, 0, 0, 1], {}, "two.*1 has 1"),
         (torch.randn(4, 2), [0, 0, 1, 1], {"classes": ["a", "b", "c"]}, "'c' has 0"),
         (torch.randn(4, 2), [0, 0, 1, 2], {"classes": ["a", "b"]}, "category 2"),
-        (torch.randn(4, 2), [0.0, 0.0, 1.0, 1.0], {}, "labels.*float32"),
+        (torch.randn(4, 2), [0.0, 0.0, 1.0, 1.0], {}, "label.*0.0"),
         (torch.tensor([[1.0], [2], [3], [float("nan")]]), [0, 0, 1, 1], {}, "'layer'.*finite"),
-        (torch.randn(4, 2), [0, 0, 1, 1], {"units": "pixel"}, "units.*'pixel'"),
+        (torch.randn(4, 2), [0, 0, 1, 1], {"units": "pixel"}, "'pixel'.*units"),
     ],
 )
 def test_errors_of_moments_name_the_thing(values, y, options, words):
@@ -298,10 +298,10 @@ def test_errors_of_moments_name_the_thing(values, y, options, words):
 
 def test_errors_of_localize_name_the_thing():
     m = moments(Values(), planted(), "layer", classes=["a", "b", "c", "d"])
-    with pytest.raises(ValueError, match="'a', 'b', 'c', 'd'.*'face'"):
+    with pytest.raises(ValueError, match="'face'.*a, b, c, d"):
         localize(m, "face")
     for q in (0, 1, -0.1, 2, float("nan")):
-        with pytest.raises(ValueError, match=f"q={q}"):
+        with pytest.raises(ValueError, match="^q "):
             localize(m, "a", q=q)
 
 
@@ -325,9 +325,9 @@ def test_a_signature_is_the_mean_of_the_responses(x):
 
 
 def test_errors_of_signature_name_the_thing(x):
-    with pytest.raises(ValueError, match=r"\(8, 6, 6\).*'conv2'.*\(8,\)"):
+    with pytest.raises(ValueError, match=r"'conv2'.*\(8, 6, 6\).*\(8,\)"):
         signature(small(), x, {"a": {"conv2": torch.ones(8, dtype=torch.bool)}}, {"nothing": None})
-    with pytest.raises(ValueError, match="'conv2'.*None"):
+    with pytest.raises(ValueError, match=r"'conv2'.*\(\)"):
         signature(small(), x, {"a": {"conv2": torch.ones(8, 6, 6) > 0}, "b": {"head": torch.ones(5) > 0}}, {"nothing": None})
 
 
@@ -373,7 +373,7 @@ def test_names_of_layers_in_single_passes(x):
     expected = [held["relu2"][1], held["relu1"][2], outputs[2], held["relu2"][0], outputs[0]]
     for got, want in zip(found.values(), expected):
         assert_close(torch.as_tensor(got), want.detach())
-    for wrong, words in (("relu2@3", "0 to 2.*'3'"), ("relu2@x", "'x'"), ("relu2@", "relu2@"), ("relu7@0", "'relu7'")):
+    for wrong, words in (("relu2@3", "relu2@3.*at most 2"), ("relu2@x", "relu2@x.*'x'"), ("relu2@", "relu2@.*''"), ("relu7@0", "'relu7'")):
         with pytest.raises(ValueError, match=words):
             named_responses(model, x, [wrong], steps=2)
 

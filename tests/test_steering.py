@@ -192,7 +192,7 @@ def test_one_hot_and_contrast():
     assert one_hot([2, 0], 3, scale=2.0).tolist() == [[0, 0, 2], [2, 0, 0]]
     assert one_hot(1, 3).dtype == torch.float32
     for bad in (3, -1, 1.0):
-        with pytest.raises(ValueError, match="classes"):
+        with pytest.raises(ValueError, match="class_number.*2"):
             one_hot(bad, 3)
     assert contrast(torch.tensor([2.0, 1.0]), torch.tensor([1.0, 1.0])).tolist() == [1, 0]
     with pytest.raises(ValueError, match="shape"):
@@ -241,7 +241,7 @@ def test_prototypes_name_what_is_missing(x):
     data = TensorDataset(x, torch.tensor([0, 0, 2, 2]))
     with pytest.raises(ValueError, match="class 1"):
         prototype(model, data)
-    with pytest.raises(ValueError, match="classes.*2"):
+    with pytest.raises(ValueError, match="label.*at most 1"):
         prototype(model, data, n_classes=2)
     with pytest.raises(ValueError, match="example"):
         prototype(model, TensorDataset(x[:0], torch.zeros(0, dtype=torch.long)))
@@ -281,7 +281,7 @@ def test_triplets_are_balanced(classes, members, per_pair, seed):
 
 
 def test_triplets_need_three_classes():
-    with pytest.raises(ValueError, match="triplets"):
+    with pytest.raises(ValueError, match="number_of_classes"):
         triplets(torch.tensor([0, 1, 0]), 1)
 
 
@@ -298,7 +298,7 @@ def test_a_prime_by_hand():
     assert a_prime(0.8, 0.4) == pytest.approx(0.5 + 0.4 * 1.4 / (4 * 0.8 * 0.6))
     assert_close(a_prime(torch.tensor([1.0, 0.5]), torch.tensor([0.0, 0.5])), torch.tensor([1.0, 0.5], dtype=torch.float64))
     for bad in ((1.1, 0), (0, -0.1), (float("nan"), 0)):
-        with pytest.raises(ValueError, match="rates"):
+        with pytest.raises(ValueError, match="rate"):
             a_prime(*bad)
 
 
@@ -317,7 +317,7 @@ def test_search_counts_what_single_calls_answer():
     assert rates["hits"] == pytest.approx(found.hits.double().mean((0, 1)).tolist())
     by_picture = search(model, x, y, three, vectors[y], by="picture", gain=2.0)
     assert torch.equal(by_picture.hits, found.hits)
-    with pytest.raises(ValueError, match="2 vectors"):
+    with pytest.raises(ValueError, match="number_of_vectors.*2"):
         search(model, x, y, three, vectors[:2])
 
 
@@ -376,7 +376,7 @@ def test_text_embeddings_by_any_encoder_or_by_open_clip(monkeypatch):
     encode = lambda texts: torch.tensor([[float(len(t)), float(t.count("a"))] for t in texts])
     found = text_embeddings(["bag", "coat"], encode, template="a {}")
     assert_close(found, F.normalize(torch.tensor([[5.0, 2.0], [6.0, 2.0]]), dim=1))
-    with pytest.raises(ValueError, match="encoder"):
+    with pytest.raises(ValueError, match="embeddings"):
         text_embeddings(["bag"], lambda texts: torch.zeros(3, 2))
     monkeypatch.setitem(sys.modules, "open_clip", None)
     with pytest.raises(ImportError, match=r"feedback_nb\[text\]"):
@@ -632,7 +632,7 @@ def test_a_search_runs_the_plain_pass_once_and_names_what_is_not_finite():
         search(model, x, y, triplets(y, 1), torch.randn(4, 5))
 
 
-@pytest.mark.parametrize(("labels", "said"), [(torch.tensor([0, 1, -1, 2]), "-1"), (torch.eye(4), "4, 4"), (torch.tensor([0.0, 1, 2, 3]), "float32")])
+@pytest.mark.parametrize(("labels", "said"), [(torch.tensor([0, 1, -1, 2]), "-1"), (torch.eye(4), "label.*2"), (torch.tensor([0.0, 1, 2, 3]), "label.*0.0")])
 def test_labels_that_are_no_class_numbers_are_refused(x, labels, said):
     with pytest.raises(ValueError, match=said):
         prototype(small(), TensorDataset(x, labels))
