@@ -10,6 +10,7 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -46,10 +47,7 @@ def _passes(model, x, steps, steer):
     steps = model.steps if steps is None else steps
     need_number(0, whole=True, steps=steps)
     context = {} if steer is None else {"steer": steer}
-    state = model.start(x, **context)
-    yield state.y
-    for _ in range(steps):
-        state = model.step(x, state, **context)
+    for state in islice(model.states(x, whole=False, **context), steps + 1):
         yield state.y
 
 # %% ../nbs/37_signatures.ipynb #b12bca7a
