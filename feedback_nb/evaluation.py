@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['Paired', 'paired', 'holm', 'significance', 'Comparison', 'compare', 'recorded', 'cost', 'noise_curve',
            'corruption_curve', 'fgsm_curve', 'pgd_curve', 'area', 'masking_check', 'margins', 'biased_answer',
-           'bootstrap_interval', 'class_moments', 'predictions', 'reliability', 'calibration']
+           'to_digits', 'from_digits', 'bootstrap_interval', 'class_moments', 'predictions', 'reliability',
+           'calibration']
 
 # %% ../nbs/04_evaluation.ipynb #0bed89f3
 class Paired(NamedTuple):
@@ -1041,6 +1042,25 @@ def biased_answer(
     at = np.rint(np.broadcast_to(rate, inf.shape[:-1]) * absent.shape[-1]).astype(int) + largest
     bias, asked = np.take_along_axis(ends, at[..., None], -1)[..., None], margin[..., :shown]
     return (asked < bias if largest else asked <= bias).mean((-2, -1))
+
+# %% ../nbs/04_evaluation.ipynb #b1a5ed0c
+def to_digits(
+    hits: torch.Tensor,  # (n, 2) bool, looks at the two shown classes
+    false_alarms: torch.Tensor,  # (n, k) bool, looks at absent ones
+) -> str:  # n digits, for a record
+    """A digit for each triplet: the number of hits, and 3 for every false alarm."""
+    return "".join(str(int(v)) for v in hits.sum(1) + 3 * false_alarms.sum(1))
+
+
+def from_digits(
+    text: str,  # from `to_digits`
+    looks: int = 1,  # k: how often absent classes were looked for
+) -> tuple:  # arrays (n,): shares of hits and of false alarms
+    """What `to_digits` has kept of each triplet."""
+    import numpy as np
+
+    digits = np.array([int(c) for c in text])
+    return digits % 3 / 2, digits // 3 / looks
 
 # %% ../nbs/04_evaluation.ipynb #b1a5ed09
 def bootstrap_interval(

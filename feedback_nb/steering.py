@@ -4,9 +4,7 @@
 
 # %% auto #0
 __all__ = ['Steer', 'one_hot', 'contrast', 'instance', 'Prototypes', 'prototype', 'overlay', 'side_by_side', 'triplets',
-           'a_prime', 'Search', 'search', 'to_digits', 'from_digits', 'composite_scores', 'composite_test',
-           'text_embeddings', 'TextPrior', 'Denoiser', 'cosine_schedule', 'fit_ridge', 'fit_diffusion',
-           'sample_diffusion']
+           'a_prime', 'Search', 'search', 'composite_scores', 'composite_test']
 
 # %% ../nbs/35_steering.ipynb #b4b8aff3
 import math
@@ -25,10 +23,6 @@ from .text import Denoiser, TextPrior, cosine_schedule, fit_diffusion, fit_ridge
 from .text import sample_diffusion, text_embeddings
 from .training import batches, kept_modes, kept_random_state
 
-# %% ../nbs/35_steering.ipynb #7e97a110
-_all_ = ["text_embeddings", "TextPrior", "Denoiser", "cosine_schedule", "fit_ridge"]
-_all_ += ["fit_diffusion", "sample_diffusion"]
-
 # %% ../nbs/35_steering.ipynb #0de3b047
 def _gains(gain) -> tuple:
     """(negative, positive), checked."""
@@ -44,9 +38,8 @@ def _blend(blend, from_first_pass: bool):
     values, is_map = torch.as_tensor(blend), torch.is_tensor(blend)
     fits = not is_map or blend.dim() == 4 and blend.shape[1] == 1 and not from_first_pass
     if not (fits and values.numel() and ((values >= 0) & (values <= 1)).all()):
-        found = f"a map of shape {tuple(blend.shape)}" if is_map else blend
-        needs = "in [0, 1]; a map is (B, 1, h, w) and not for the first pass"
-        raise ValueError(f"blend must be {needs}, got {found}")
+        found = tuple(blend.shape) if is_map else blend
+        raise ValueError(f"blend must be in [0, 1], a map (B, 1, h, w) but for the first pass: {found}")
     return blend
 
 # %% ../nbs/35_steering.ipynb #9c6ea921
@@ -63,9 +56,8 @@ class Steer:
     ):
         fits = torch.is_tensor(vector) and vector.is_floating_point() and vector.numel()
         if not fits or vector.dim() not in (1, 2, 4) or not vector.isfinite().all():
-            found = tuple(vector.shape) if torch.is_tensor(vector) else type(vector).__name__
-            shape = f"{getattr(vector, 'dtype', '')} {found}"
-            raise ValueError(f"vector must be finite floats (C,), (B, C) or (B, C, h, w), got {shape}")
+            found = f"{vector.dtype} {tuple(vector.shape)}" if torch.is_tensor(vector) else vector
+            raise ValueError(f"vector must be finite floats (C,), (B, C) or (B, C, h, w), got {found}")
         self.sources, self.source = (source,), source
         self.vector = vector[None] if vector.dim() == 1 else vector
         self.gains, self.blend = {source: _gains(gain)}, _blend(blend, from_first_pass)
@@ -84,11 +76,9 @@ class Steer:
         return {self.source: _mixed(own, self.vector, self.blend, self.source)}
 
     def __repr__(self):
-        local = torch.is_tensor(self.blend)
-        blend = f"map of shape {tuple(self.blend.shape)}" if local else self.blend
-        how = f"gain={self.gains[self.source]}, blend={blend}"
-        shape = f"vector of shape {tuple(self.vector.shape)}"
-        return f"Steer({self.source!r}, {shape}, {how}, from_first_pass={self.from_first_pass})"
+        blend = tuple(self.blend.shape) if torch.is_tensor(self.blend) else self.blend
+        how = f"gain={self.gains[self.source]}, blend={blend}, from_first_pass={self.from_first_pass}"
+        return f"Steer({self.source!r}, vector of shape {tuple(self.vector.shape)}, {how})"
 
 # %% ../nbs/35_steering.ipynb #b972d26a
 def _mixed(own: torch.Tensor, vector: torch.Tensor, blend, source: str) -> torch.Tensor:
@@ -198,10 +188,9 @@ def prototype(
         raise ValueError(f"class {missing[0]} has no example to average; give one, or n_classes")
     count = torch.tensor([sums[c][0] for c in classes])
     mean, squares = (torch.stack([sums[c][i] for c in classes]) for i in (1, 2))
-    per = count.view(-1, *[1] * (mean.dim() - 1)).to(mean)
-    kept = torch.promote_types(a.dtype, torch.float32)
-    stderr = (squares / (per - 1) / per).sqrt()
-    return Prototypes(mean.to(device, kept), stderr.to(device, kept), count.to(device))
+    per, kind = count.view(-1, *[1] * (mean.dim() - 1)), torch.promote_types(a.dtype, torch.float32)
+    stderr = (squares / (per - 1).to(mean) / per).sqrt()  # 0 / 0 for a class of one example
+    return Prototypes(mean.to(device, kind), stderr.to(device, kind), count.to(device))
 
 # %% ../nbs/35_steering.ipynb #5d25f6f7
 def overlay(
@@ -268,10 +257,9 @@ def a_prime(
     h, f = (torch.as_tensor(v, dtype=torch.float64) for v in (hits, false_alarms))
     for rates in (h, f):
         need_number(0, 1, lowest_rate=rates.min().item(), highest_rate=rates.max().item())
-    top, low, way = torch.maximum(h, f), torch.minimum(h, f), torch.sign(h - f)
-    d = top - low
-    scale = torch.where(d > 0, 4 * top * (1 - low), torch.ones_like(d))  # top > low: no factor is 0
-    score = 0.5 + way * d * (1 + d) / scale
+    top, low = torch.maximum(h, f), torch.minimum(h, f)
+    d, scale = top - low, torch.where(top > low, 4 * top * (1 - low), 1.0)
+    score = 0.5 + torch.sign(h - f) * d * (1 + d) / scale
     return float(score) if score.dim() == 0 else score
 
 # %% ../nbs/35_steering.ipynb #5023193d
@@ -341,25 +329,6 @@ def search(
     return Search(right[:2].transpose(0, 1), right[2])
 
 # %% ../nbs/35_steering.ipynb #c0111e58
-def to_digits(
-    hits: torch.Tensor,  # (n, 2) bool, looks at the two shown classes
-    false_alarms: torch.Tensor,  # (n, k) bool, looks at absent ones
-) -> str:  # n digits, for a record
-    """A digit for each triplet: the number of hits, and 3 for every false alarm."""
-    return "".join(str(int(v)) for v in hits.sum(1) + 3 * false_alarms.sum(1))
-
-
-def from_digits(
-    text: str,  # from `to_digits`
-    looks: int = 1,  # k: how often absent classes were looked for
-) -> tuple:  # arrays (n,): shares of hits and of false alarms
-    """What `to_digits` has kept of each triplet."""
-    import numpy as np
-
-    digits = np.array([int(c) for c in text])
-    return digits % 3 / 2, digits // 3 / looks
-
-
 def composite_scores(
     hits,  # (S, n) or (n,) share of hits of S networks on each of n triplets
     false_alarms,  # of the same shape
@@ -391,30 +360,27 @@ def composite_test(
     per_pair: int = 8,  # triplets for every pair of classes
     seed: int = 0,  # of the triplets
     compose: Callable = overlay,  # (a, b) -> composite
-    batch_size: int = 128,  # composites at a time
-    **how,  # as for `search`: source, steps, blend, from_first_pass
+    **how,  # as for `search`: source, steps, batch_size, blend, from_first_pass
 ):  # a DataFrame: a row for each vector and gain, columns as of `composite_scores`
     """Does a steered network find more than its own plain pass with a biased answer?"""
     import pandas as pd
 
-    device = next(model.parameters()).device
+    device, rows = next(model.parameters()).device, {}
     if not isinstance(data, (tuple, list)):
         with kept_random_state(device):
             data = [torch.cat(part) for part in zip(*(pair for *_, pair in batches(data)))]
-    (x, y), logits, rows = data, [], {}
+    x, y = data
     three = triplets(y, per_pair, seed=seed)
     with kept_modes(model):
         model.eval()
-        for part in three.split(batch_size):
-            shown = compose(x[part[:, 0]], x[part[:, 1]]).to(device)
-            logits.append(model(shown, steps=0).float().cpu())
-    margin = margins(torch.cat(logits), torch.as_tensor(y).cpu()[three])
+        shown = (compose(x[t[:, 0]], x[t[:, 1]]).to(device) for t in three.split(128))
+        logits = torch.cat([model(both, steps=0).float().cpu() for both in shown])
+    margin = margins(logits, torch.as_tensor(y).cpu()[three])
     named = vectors if isinstance(vectors, Mapping) else {"vectors": vectors}
     for name, each in named.items():
         each, by = each if isinstance(each, tuple) else (each, "class")
         for gain in gains:
-            look = dict(by=by, gain=gain, compose=compose, batch_size=batch_size, **how)
-            found = search(model, x, y, three, each, **look)
+            found = search(model, x, y, three, each, by=by, gain=gain, compose=compose, **how)
             hits, alarms = (said.double().mean(1) for said in found.last())
             rows[name, gain] = composite_scores(hits, alarms, margin)
     return pd.DataFrame(rows).T.rename_axis(["vector", "gain"])
