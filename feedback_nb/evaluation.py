@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['Paired', 'paired', 'holm', 'significance', 'Comparison', 'compare', 'recorded', 'cost', 'noise_curve',
-           'corruption_curve', 'fgsm_curve', 'pgd_curve', 'area', 'masking_check', 'predictions', 'reliability',
-           'calibration']
+           'corruption_curve', 'fgsm_curve', 'pgd_curve', 'area', 'masking_check', 'margins', 'biased_answer',
+           'class_moments', 'predictions', 'reliability', 'calibration']
 
 # %% ../nbs/04_evaluation.ipynb #0bed89f3
 class Paired(NamedTuple):
@@ -1010,6 +1010,56 @@ def masking_check(
         found = ", ".join(table.index[table["suspicious"]])
         warnings.warn(f"the gradient is masked: '{found}' finds more than PGD with {iterations} steps; do not report its curve as robustness", RuntimeWarning, stacklevel=2)
     return table
+
+# %% ../nbs/04_evaluation.ipynb #b1a5ed01
+def margins(
+    logits: torch.Tensor,  # (n, classes), of a plain pass
+    targets: torch.Tensor,  # (n, k) numbers of classes that are asked for, one question each
+) -> torch.Tensor:  # (n, k): a bias above the margin makes the target the answer
+    """By how much the best other logit exceeds that of each target."""
+    best = [logits.scatter(1, target[:, None], -torch.inf).amax(1) for target in targets.T]
+    return torch.stack(best, 1) - logits.gather(1, targets)
+
+
+def biased_answer(
+    margin,  # (…, n, shown + k) array of `margins`: first of classes that are shown, then of absent ones
+    false_alarms,  # (…) rate of false alarms in [0, 1]
+    *,
+    shown: int = 2,  # how many of the classes asked for are shown
+    largest: bool = True,  # of all biases with that rate of false alarms; False: the smallest
+):  # (…) rate of hits
+    """Hits of a network that looks at nothing: a bias on the target gives it as many false alarms."""
+    import numpy as np
+
+    margin, rate = np.asarray(margin), np.asarray(false_alarms)
+    if not (0 < shown < margin.shape[-1] and ((rate >= 0) & (rate <= 1)).all()):
+        needs = f"margins (…, n, k > {shown}) and rates in [0, 1]"
+        raise ValueError(f"biased_answer needs {needs}, got {margin.shape} and {false_alarms}")
+    inf = np.full((*margin.shape[:-2], 1), np.inf)
+    absent = np.sort(margin[..., shown:].reshape(*inf.shape[:-1], -1), -1)
+    ends = np.concatenate([-inf, absent, inf], -1)  # a bias between two ends: so many false alarms
+    at = np.rint(np.broadcast_to(rate, inf.shape[:-1]) * absent.shape[-1]).astype(int) + largest
+    bias, asked = np.take_along_axis(ends, at[..., None], -1)[..., None], margin[..., :shown]
+    return (asked < bias if largest else asked <= bias).mean((-2, -1))
+
+# %% ../nbs/04_evaluation.ipynb #b1a5ed06
+def class_moments(
+    sums: dict,  # {class: (n, mean, sum of squared deviations)} so far; {} before the first batch
+    a: torch.Tensor,  # (B, …) one more batch, float64 where digits matter
+    y: torch.Tensor,  # (B,) class numbers, on the device of `a`
+) -> dict:  # `sums`, changed in place
+    """One more batch for means and variances by class; the variance is the sum over n - 1."""
+    for c in y.unique().tolist():
+        part = a[y == c]
+        n, mean = len(part), part.mean(0)
+        squares = (part - mean).square().sum(0)
+        if c in sums:
+            n0, mean0, squares0 = sums[c]
+            step, n = mean - mean0, n0 + n
+            mean = mean0 + step * (len(part) / n)
+            squares = squares0 + squares + step.square() * (n0 * len(part) / n)
+        sums[c] = n, mean, squares
+    return sums
 
 # %% ../nbs/04_evaluation.ipynb #5fc8349c
 @torch.no_grad()
