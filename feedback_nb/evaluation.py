@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['Paired', 'paired', 'holm', 'significance', 'Comparison', 'compare', 'recorded', 'cost', 'noise_curve',
            'corruption_curve', 'fgsm_curve', 'pgd_curve', 'area', 'masking_check', 'margins', 'biased_answer',
-           'class_moments', 'predictions', 'reliability', 'calibration']
+           'bootstrap_interval', 'class_moments', 'predictions', 'reliability', 'calibration']
 
 # %% ../nbs/04_evaluation.ipynb #0bed89f3
 class Paired(NamedTuple):
@@ -1041,6 +1041,24 @@ def biased_answer(
     at = np.rint(np.broadcast_to(rate, inf.shape[:-1]) * absent.shape[-1]).astype(int) + largest
     bias, asked = np.take_along_axis(ends, at[..., None], -1)[..., None], margin[..., :shown]
     return (asked < bias if largest else asked <= bias).mean((-2, -1))
+
+# %% ../nbs/04_evaluation.ipynb #b1a5ed09
+def bootstrap_interval(
+    n: int,  # examples
+    statistic: Callable,  # array of example numbers (…, n), drawn with replacement -> (…)
+    *,
+    level: float = 0.95,  # of the interval
+    resamples: int = 999,
+    seed: int = 0,
+) -> tuple[float, float]:  # (low, high)
+    """Percentile bootstrap of any statistic of n examples; all resamples are handed over at once."""
+    import numpy as np
+    from scipy.stats import bootstrap
+
+    how = dict(n_resamples=resamples, confidence_level=level, method="percentile", vectorized=True)
+    draw = np.random.default_rng(seed)
+    found = bootstrap((np.arange(n),), lambda i, axis=-1: statistic(i), random_state=draw, **how)
+    return tuple(found.confidence_interval)
 
 # %% ../nbs/04_evaluation.ipynb #b1a5ed06
 def class_moments(
