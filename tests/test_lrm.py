@@ -448,7 +448,7 @@ def test_sources_and_gradients_run_through_the_passes(motif):
     weight = model.backbone.classifier[2].weight
     through = torch.autograd.grad(trajectory.outputs[1].sum(), weight, retain_graph=True)[0]
     trajectory = model.trajectory(x)
-    frozen = model.step(x, type(model.start(x))({k: v.detach() for k, v in model.start(x).h.items()}, None, model.start(x).memo))
+    frozen = model.step(x, type(model.start(x))({k: v.detach() for k, v in model.start(x).h.items()}, None, model.start(x).memo), 0)
     direct = torch.autograd.grad(frozen.y.sum(), weight)[0]
     assert not torch.allclose(through, direct)  # the first pass counts too: sources are not detached
 
