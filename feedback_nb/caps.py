@@ -45,7 +45,7 @@ def pooling_grid(
     if rest or not grids:
         got = "×".join(map(str, shape[1:]))
         raise ValueError(f"outputs of {got} cannot be pooled to width={width}; see pooling_grid")
-    return min(grids, key=lambda grid: max(grid, default=0) - min(grid, default=0))
+    return min(grids, key=lambda g: max(g, default=0) - min(g, default=0))
 
 
 def pooled(
@@ -69,9 +69,9 @@ class Tap(nn.Module):
 
     def __init__(self, width: int, n_classes: int, norm: str | None, scale: float):
         super().__init__()
-        norms = {"batch": lambda: nn.BatchNorm1d(width, affine=False), None: nn.Identity}
-        norms["layer"] = lambda: nn.LayerNorm(width, elementwise_affine=False)
-        self.width, self.norm = width, norms[norm]()
+        norms = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm, None: nn.Identity}
+        plain = {"batch": {"affine": False}, "layer": {"elementwise_affine": False}}.get(norm, {})
+        self.width, self.norm = width, norms[norm](width, **plain)
         self.prototypes = nn.Parameter(scale * torch.randn(n_classes, width))
 
     def pattern(self, h):  # (B, channels, …) -> m_k (B, width)
@@ -367,17 +367,16 @@ def vgg(
     if size < 16:
         raise ValueError(f"four pools need images of at least 16 pixels, got size={size}")
     before, blocks, end = in_channels, [], [nn.Dropout(dropout)] * (dropout > 0)
-    unit = lambda *layers: nn.Sequential(*layers, nn.ReLU(inplace=True), *end)
     hidden = min(1024, round(1024 * multiplier))
     for stage, count in enumerate(STAGES[depth]):
         after = min(1024, round(128 * 2**stage * multiplier))
         for i in range(count):
             pool = [nn.MaxPool2d(2)] * (stage > 0 and i == 0)
-            conv = nn.Conv2d(before, after, 3, padding=1)
-            blocks.append(unit(*pool, conv, nn.BatchNorm2d(after)))
+            layers = nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU(True)
+            blocks.append(nn.Sequential(*pool, *layers, *end))
             before = after
-    linear = nn.Linear(before * (size // 16) ** 2, hidden), nn.BatchNorm1d(hidden)
-    blocks.append(unit(nn.MaxPool2d(2), nn.MaxPool2d(2), nn.Flatten(), *linear))
+    layers = nn.Linear(before * (size // 16) ** 2, hidden), nn.BatchNorm1d(hidden), nn.ReLU(True)
+    blocks.append(nn.Sequential(nn.MaxPool2d(2), nn.MaxPool2d(2), nn.Flatten(), *layers, *end))
     return CAPs(blocks, n_classes, width=[width] * (len(blocks) - 1) + [hidden], **options)
 
 
