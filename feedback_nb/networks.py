@@ -281,18 +281,19 @@ def match_parameters(
     goal = count_parameters(target) if isinstance(target, nn.Module) else target
     return next(net for net in map(make, itertools.count(start)) if count_parameters(net) >= goal)
 
-# %% ../nbs/06_networks.ipynb #ea933414
+# %% ../nbs/06_networks.ipynb #7f189572
 @torch.no_grad()
 def multiply_adds(
     net: nn.Module,
     example,  # an input as the network takes it
+    **options,  # of the call, as steps=1
 ) -> int:  # of one forward pass in eval mode
     """Multiply-adds of matrix products, convolutions and attention, counted on the meta device."""
     from torch.utils.flop_counter import FlopCounterMode
 
     copied = copy.deepcopy(net).to("meta").eval()  # on the meta device no kernel is fused
     with FlopCounterMode(display=False) as counter:
-        copied(tree_map_only(torch.Tensor, lambda leaf: leaf.to("meta"), example))
+        copied(tree_map_only(torch.Tensor, lambda leaf: leaf.to("meta"), example), **options)
     return counter.get_total_flops() // 2
 
 
