@@ -201,6 +201,12 @@ def _refine(model, site, o, z):
     return refined.movedim(1, site.dim)
 
 
+@torch.no_grad()
+def _moves(refined, h):
+    """ψ - h of some states: how far each would move without the blend."""
+    return {key: new.detach() - h[key].detach() for key, new in refined.items()}
+
+
 def _blend(model, h, refined):
     """α h + (1-α) ψ."""
     return torch.lerp(refined.to(h.dtype), h, model.alpha.to(h.dtype))
@@ -219,15 +225,18 @@ def literal_step(
     """Equations 7 and 8: every state refines itself; only the last one reaches the output."""
     z = model.context(state.y)
     sites = [site for site in model.sites.values() if site.key in state.h]
-    h = {site.key: _blend(model, state.h[site.key], _refine(model, site, state.h[site.key], z)) for site in sites}
+    refined = {site.key: _refine(model, site, state.h[site.key], z) for site in sites}
+    h = {key: _blend(model, state.h[key], new) for key, new in refined.items()}
     last = next(reversed(model.sites))
+    end = model.sites[last].key
 
     def answer(name, k, compute):
         if (name, k) == last:
             return _hand_on(model.sites[last], state.memo[last], h[model.sites[last].key])
         return model.recall(state.memo, name, k, compute)
 
-    return State(h, model.splice.run(model.net, x, answer), state.memo)
+    y = model.splice.run(model.net, x, answer)
+    return State(h, y, state.memo, _moves({end: refined[end]}, state.h))
 
 # %% ../nbs/10_cbl.ipynb #3ffd639f
 def through_step(
@@ -236,7 +245,7 @@ def through_step(
     state: State,  # h_t, y_t
 ) -> State:  # h_{t+1}, y_{t+1}
     """Section 3.9: each refined state flows upward and is what the next layer sees."""
-    z, h = model.context(state.y), {}
+    z, h, moved = model.context(state.y), {}, {}
 
     def answer(name, k, compute):
         site = model.sites.get((name, k))
@@ -248,9 +257,10 @@ def through_step(
                 return output
             refined = _refine(model, site, _first_tensor(output), z)
         h[site.key] = _blend(model, state.h[site.key], refined)
+        moved.update(_moves({site.key: refined}, state.h))
         return _hand_on(site, output, h[site.key])
 
-    return State(h, model.splice.run(model.net, x, answer), state.memo)
+    return State(h, model.splice.run(model.net, x, answer), state.memo, moved)
 
 # %% ../nbs/10_cbl.ipynb #1fda172a
 class _Adapters(nn.ModuleDict):
@@ -328,12 +338,13 @@ class CBL(FeedbackModel):
         alpha: float = 0.5,  # blend in [0, 1]: how much of the old state stays
         adapter: "str | Callable" = "gate",  # "gate", "concat", "attention", "token" (for (B, N, channels) layers), or a factory (channels, context_dim) -> Module(h, z)
         flow: str = "through",  # "through" (section 3.9) or "literal" (eqs. 7-8)
-        tol: "float | None" = None,  # stop an example, in eval mode, when its relative residual is at most this
+        tol: float | None = None,  # an example stops at this residual, in eval mode; None: never
+        check_finite: bool = True,  # raise when an output is not finite
         learn_alpha: bool = True,  # whether α is trained
         context: "nn.Module | None" = None,  # g, from (B, C) to (B, context_dim); None: a linear layer and a tanh
         channel_dims: "dict[str, int] | None" = None,  # {layer: dimension of its channels} where 1 (maps) or last (tokens) is wrong
     ):
-        super().__init__(steps, tol)
+        super().__init__(steps, tol, check_finite)
         if flow not in ("through", "literal"):
             raise ValueError(f"flow must be 'through' or 'literal', got {flow!r}")
         layers = default_layers(net, example) if layers is None else layers
@@ -387,6 +398,6 @@ class CBL(FeedbackModel):
         y = self.splice.run(self.net, x, record)
         return State(h, y, memo)
 
-    def step(self, x, state) -> State:
+    def step(self, x, state, t) -> State:
         """One refinement, by the flow of this model."""
         return (through_step if self.flow == "through" else literal_step)(self, x, state)

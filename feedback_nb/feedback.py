@@ -4,23 +4,31 @@
 
 # %% auto #0
 __all__ = ['find_layers', 'Taps', 'tap', 'edit', 'layer_shapes', 'Splice', 'Call', 'trace_calls', 'settled_before', 'State',
-           'relative_change', 'FeedbackModel', 'find_non_finite', 'step_weights', 'stepwise_loss', 'Trajectory']
+           'PassStatistics', 'record', 'FeedbackModel', 'find_non_finite', 'step_weights', 'stepwise_loss',
+           'Trajectory', 'NotConverged']
 
 # %% ../nbs/01_feedback.ipynb #16f828f3
+import copy
 import difflib
+import math
+import operator
 import threading
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from itertools import count, islice
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .fixed_points import Trajectory
+from .fixed_points import NotConverged, Trajectory, relative_residual
 
 # %% ../nbs/01_feedback.ipynb #989428ef
-_all_ = ["Trajectory"]
+_all_ = ["Trajectory", "NotConverged"]
 
 # %% ../nbs/01_feedback.ipynb #5aa66e61
 def find_layers(
@@ -283,120 +291,333 @@ class State(NamedTuple):
 
     h: Any  # the refined hidden states: a dictionary from layer name to tensor (B, …)
     y: Any  # the output they lead to, (B, C) or (B, C, H, W)
-    memo: Any = None  # what the plain pass left for the steps to reuse; not part of the iterated state
-
-# %% ../nbs/01_feedback.ipynb #92829094
-def _per_example(tree):
-    """Squared L2 norm of every example over all leaves, (B,), in float32 at least."""
-    leaves = [leaf.detach().flatten(1) for leaf in tree_leaves(tree) if torch.is_tensor(leaf)]
-    return sum(torch.linalg.vector_norm(leaf, dim=1, dtype=torch.promote_types(leaf.dtype, torch.float32)).square() for leaf in leaves)
-
-
-@torch.no_grad()
-def relative_change(
-    new,  # state: a tensor (B, …) or any pytree of them
-    old,  # the state before, of the same structure
-) -> torch.Tensor:  # (B,), ‖new - old‖ / ‖new‖ for each example; 0 where both are 0
-    """How far each example's state has moved, relative to where it is."""
-    moved = _per_example(tree_map(lambda a, b: a.detach() - b.detach(), new, old)).sqrt()
-    return moved / _per_example(new).sqrt().clamp_min(torch.finfo(moved.dtype).tiny)
+    memo: Any = None  # what the plain pass left for the steps to reuse; constant after `start`
+    change: Any = None  # F(h, x) - h that led here, where a blend or a decay made the step shorter
 
 # %% ../nbs/01_feedback.ipynb #485e51db
-def _keep(active, new, old):
+def _where(active, new, old):
     """`new` where an example is active, `old` where it has settled."""
-    pick = lambda a, b: torch.where(active.view(-1, *[1] * (a.dim() - 1)), a, b) if torch.is_tensor(a) else a
+    def pick(a, b):
+        return torch.where(active.view(-1, *[1] * (a.dim() - 1)), a, b) if torch.is_tensor(a) else a
+
     return tree_map(pick, new, old)
 
 
 def _check_steps(steps):
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-        raise ValueError(f"steps must be a whole number ≥ 0 (0 is the plain feed-forward pass), got {steps!r}")
-    return steps
+    if isinstance(steps, bool) or not hasattr(steps, "__index__") or steps < 0:
+        raise ValueError(f"steps must be a whole number ≥ 0 (0: the plain pass), got {steps!r}")
+    return operator.index(steps)
 
-# %% ../nbs/01_feedback.ipynb #8c52fb69
-class FeedbackModel(nn.Module):
-    """A network that refines its own hidden states: subclasses write `start(x)` and `step(x, state)`."""
+
+def _check_tol(tol):
+    """None for None and False, else the number."""
+    if tol is None or tol is False:
+        return None
+    if isinstance(tol, bool) or not 0 <= tol < math.inf:
+        raise ValueError(f"tol must be a finite number ≥ 0, or False for none, got {tol!r}")
+    return tol
+
+
+@torch.no_grad()
+def _change(new, old):
+    """F(h, x) - h of the step from one state to the next."""
+    if new.change is not None:
+        return new.change
+    return tree_map(lambda a, b: a.detach() - b.detach(), new.h, old.h)
+
+
+def _no_numbers(tree):
+    """While a graph is compiled and on the meta device there is nothing to look at."""
+    return torch.compiler.is_compiling() or tree_leaves(tree)[0].is_meta
+
+
+def _warn_missed(name, found, tol):
+    """`NotConverged`, with the number of examples and the largest residual."""
+    missed = int((~found.converged).sum())
+    if missed:
+        worst = float(found.residuals[-1].max()) if len(found.residuals) else math.nan
+        said = f"{name}: {missed} of {len(found.converged)} examples missed tol={tol:g}"
+        warnings.warn(f"{said}; largest residual {worst:.2g}", NotConverged, stacklevel=3)
+
+
+# %% ../nbs/01_feedback.ipynb #1599dddc
+#| code-fold: true
+#| code-summary: "Statistics of batch norm for every pass"
+class _PassNorm:
+    """Stands in for the `forward` of one batch norm: reads and moves the running pass's set."""
+
+    def __init__(self, layer, name, statistics):
+        self.layer, self.name, self.statistics = layer, name, statistics
+        self.inner = layer.__dict__.get("forward")  # another model's stand-in, when there is one
+
+    def __call__(self, x):
+        layer, (t, again) = self.layer, self.statistics.running()
+        if not (t or again):
+            return self.inner(x) if self.inner else type(layer).forward(layer, x)
+        sets = self.statistics.of(self.name, t)
+        mean, var, count = [b.clone() for b in sets] if again else sets  # what ran twice counts once
+        if type(layer).forward is not _BatchNorm.forward:
+            twin = copy.copy(layer)
+            twin.__dict__["_buffers"] = dict(zip(PassStatistics.KINDS, (mean, var, count)))
+            return type(layer).forward(twin, x)
+        layer._check_input_dim(x)
+        momentum = layer.momentum
+        if layer.training:
+            count.add_(1)
+            momentum = 1 / float(count) if momentum is None else momentum
+        weight, bias, training = layer.weight, layer.bias, layer.training
+        return F.batch_norm(x, mean, var, weight, bias, training, momentum or 0.0, layer.eps)
+
+
+class _Running:
+    """Sets the pass of this thread inside a `with` block."""
+
+    def __init__(self, statistics, now):
+        self.statistics, self.now = statistics, now
+
+    def __enter__(self):
+        self.before = self.statistics.running()
+        self.statistics.local.now = self.now
+
+    def __exit__(self, *error):
+        self.statistics.local.now = self.before
+
+# %% ../nbs/01_feedback.ipynb #bcd04d6b
+#| code-fold: true
+#| code-summary: "Where the sets are kept, loaded and copied"
+class _Local(threading.local):
+    """Which pass runs in this thread; copies begin outside of any pass."""
+
+    def __deepcopy__(self, memo):
+        return _Local()
+
+    def __reduce__(self):
+        return _Local, ()
+
+
+class PassStatistics(nn.Module):
+    """Running statistics of batch norm for passes 1 … T; pass 0 has those of the layers."""
+
+    KINDS = ("running_mean", "running_var", "num_batches_tracked")
+
+    def __init__(self, passes: int):
+        super().__init__()
+        self.passes, self.shared = passes, False  # shared: all passes use the layers' own again
+        self.local, self.layers = _Local(), {}
+
+    def add(self, name, net):
+        """A set per pass for every batch norm that keeps statistics."""
+        for path, layer in net.named_modules(prefix=name):
+            if isinstance(layer, _NormBase) and layer.running_mean is not None:
+                self.layers[path.replace(".", "/")] = layer
+                layer.forward = _PassNorm(layer, path.replace(".", "/"), self)
+                layer.register_load_state_dict_post_hook(self.restart)
+        self.restart()
+
+    def restart(self, *loaded):
+        """Every pass begins with the layers' own statistics (of the layer that was loaded)."""
+        for name, layer in self.layers.items():
+            for key in self.KINDS if not loaded or layer is loaded[0] else ():
+                for t in range(1, self.passes + 1):
+                    self.register_buffer(f"{name}@{t}/{key}", getattr(layer, key).clone())
+
+    def of(self, name, t):
+        """Mean, variance and count of a layer in pass t; passes beyond the last use its set."""
+        if not t or self.shared:
+            return [getattr(self.layers[name], key) for key in self.KINDS]
+        return [self._buffers[f"{name}@{min(t, self.passes)}/{key}"] for key in self.KINDS]
+
+    def extra_repr(self):
+        return f"{len(self.layers)} layers, passes 1 to {self.passes}"
+
+    def running(self):
+        """(pass, is it computed a second time), of this thread."""
+        return getattr(self.local, "now", (0, False))
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        if not any(key.startswith(prefix) for key in state_dict):
+            return  # of the plain network: its statistics went to all passes by `restart`
+        for key in self._buffers:  # trained with fewer passes: its last set serves the others
+            t, (name, place) = int(key.rpartition("@")[2].split("/")[0]), key.rsplit("@", 1)
+            before = f"{prefix}{name}@{t - 1}/{place.split('/')[1]}"
+            if before in state_dict:
+                state_dict.setdefault(prefix + key, state_dict[before])
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+# %% ../nbs/01_feedback.ipynb #0b5b7211
+class _Passes(nn.Module):
+    """A module that gives every batch norm it is handed a set of statistics for each pass."""
+
+    def __init__(self, steps):
+        super().__init__()
+        self.steps = _check_steps(steps)
+        self.statistics = None  # a `PassStatistics`, as soon as there is a batch norm
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        if not isinstance(value, nn.Module) or name == "statistics" or not self.steps:
+            return
+        statistics = PassStatistics(self.steps) if self.statistics is None else self.statistics
+        statistics.add(name, value)
+        if statistics.layers:
+            self._modules.pop("statistics", None)  # to the end, so that it is loaded last
+            self.statistics = statistics
+
+    def passing(self, t, again=False):
+        """A block in which batch norms use the statistics of pass t (again: and count nothing)."""
+        return nullcontext() if self.statistics is None else _Running(self.statistics, (t, again))
+
+# %% ../nbs/01_feedback.ipynb #62c20c9c
+def record(
+    states: Iterator[State],  # a slice of the loop, from t = 0
+    *,
+    tol: float | None = None,  # an example halts at this residual; None: none does
+    measured: Callable = lambda h: h,  # the part of the state that residuals measure
+    keep: bool = False,  # keep the hidden states of every t, in `.states`
+) -> Trajectory:  # outputs of t = 0…T, residuals (T, B), n_steps and converged per example
+    """What an iteration did. An example that has halted keeps its output; the others go on."""
+    old = shown = next(states)
+    outputs, hidden, residuals, batch = [shown.y], [shown.h], [], tree_leaves(shown.y)[0]
+    active = torch.ones(len(batch), dtype=torch.bool, device=batch.device)
+    n_steps = torch.zeros(len(batch), dtype=torch.long, device=batch.device)
+    for new in states:
+        residual = relative_residual(measured(_change(new, old)), measured(old.h))
+        residual = residual.expand_as(n_steps)  # a steering vector may stand for all examples
+        n_steps, old = n_steps + active, new
+        if tol is not None:
+            new = State(*_where(active, new[:2], shown[:2]))
+            residual = residual.where(active, residuals[-1] if residuals else residual)
+            active = active & ~(residual <= tol)
+        shown = new
+        outputs.append(shown.y)
+        residuals.append(residual)
+        if keep:
+            hidden.append(shown.h)
+        if tol is not None and not active.any():
+            break
+    none = torch.zeros(0, len(batch), device=batch.device)
+    residuals, converged = torch.stack(residuals) if residuals else none, None
+    if tol is not None:
+        converged = ~active
+    return Trajectory(outputs, residuals, hidden if keep else None, n_steps, converged)
+
+# %% ../nbs/01_feedback.ipynb #1cb3a5f8
+class FeedbackModel(_Passes):
+    """A network that refines its own hidden states: subclasses write `start` and `step`."""
 
     def __init__(
         self,
-        steps: int = 4,  # T, refinements after the plain pass; `ValueError` when negative
-        tol: "float | None" = None,  # in eval mode an example stops when its residual is at most this; None: all steps
-        check_finite: bool = True,  # look at the outputs of every pass and raise when one is not finite (one host sync a pass on a GPU)
+        steps: int = 4,  # T, refinements after the plain pass
+        tol: float | None = None,  # in eval mode an example stops at this residual; None: never
+        check_finite: bool = True,  # raise when an output is not finite (one host sync a call)
     ):
-        super().__init__()
-        self.steps, self.tol, self.check_finite = _check_steps(steps), tol, check_finite
+        super().__init__(steps)
+        self.tol, self.check_finite = _check_tol(tol), check_finite
 
     def start(self, x, *, states=False, **context) -> State:
-        """The plain pass: t = 0."""
-        raise TypeError(f"{type(self).__name__} must define start(x, *, states=False): the plain forward pass, as a State")
+        """The plain pass: t = 0. `states` asks for all hidden states, also unused ones."""
+        raise TypeError(f"{type(self).__name__} must define start(x, *, states=False) -> State")
 
-    def step(self, x, state, **context) -> State:
-        """One refinement, Φ(h, x)."""
-        raise TypeError(f"{type(self).__name__} must define step(x, state): one refinement, as a State")
+    def step(self, x, state, t, **context) -> State:
+        """One refinement Φ(h, x) at time t; a direct call belongs inside `with passing(t + 1)`."""
+        raise TypeError(f"{type(self).__name__} must define step(x, state, t) -> State")
 
     def measured(self, h):
-        """The part of the state that residuals measure and that must settle; all of it unless a method says otherwise."""
+        """The part of the state that residuals measure; all of it unless a method says less."""
         return h
+
+    def states(
+        self,
+        x,  # the input, (B, …)
+        *,
+        start: State | None = None,  # where to begin; None: with the plain pass
+        whole: bool = True,  # all hidden states, also those that no step needs
+        **context,  # what the method's own `start` and `step` take
+    ) -> Iterator[State]:  # of t = 0, 1, …, without end
+        """The loop."""
+        state = start
+        if start is None:
+            with self.passing(0):
+                state = self.start(x, states=whole, **context)
+        for t in count():
+            yield state
+            with self.passing(t + 1):
+                state = self.step(x, state, t, **context)
+
+    def map(
+        self,
+        x,  # the input, (B, …)
+        t: int = 0,  # the clock, for a method whose steps depend on it
+        **context,  # as for `states`
+    ) -> tuple[Callable, tuple]:  # Φ from (h, y) to (h, y), and (h_0, y_0)
+        """The step at time t as a map on states, for the tools of chapter 00."""
+        first = next(self.states(x, **context))
+
+        def phi(state):
+            with self.passing(t + 1):
+                return tuple(self.step(x, State(*state, first.memo), t, **context)[:2])
+
+        return phi, (first.h, first.y)
 
     def trajectory(
         self,
         x,  # the input, (B, …)
         *,
-        steps: "int | None" = None,  # T for this call; None: the model's own
-        tol: "float | None" = None,  # stop an example when its residual is at most this (eval mode only); None: the model's own
-        states: bool = False,  # keep the hidden states of every t in `.states` (memory grows with T)
-        **context,  # what the method's own `start` and `step` take
-    ) -> Trajectory:  # outputs of t = 0…T (fewer when all examples settled), relative residuals (T, B), n_steps and converged per example
-        """Run the plain pass and T refinements; `FloatingPointError` names the layer and the step where a state is not finite."""
-        steps = self.steps if steps is None else _check_steps(steps)
-        tol = None if self.training else (self.tol if tol is None else tol)
-        state = self.start(x, states=states, **context)
-        outputs, kept, residuals = [state.y], [state.h], []
-        batch = tree_leaves(state.y)[0]
-        active = torch.ones(len(batch), dtype=torch.bool, device=batch.device)
-        n_steps = torch.zeros(len(batch), dtype=torch.long, device=batch.device)
-        for _ in range(steps):
-            new = self.step(x, state, **context)
-            residual = relative_change(self.measured(new.h), self.measured(state.h))
-            n_steps = n_steps + active
-            if tol is not None:
-                new = State(*_keep(active, new[:2], state[:2]), new.memo)
-                residual = residual.where(active, residuals[-1] if residuals else residual)
-                active = active & ~(residual <= tol)
-            state = new
-            outputs.append(state.y)
-            residuals.append(residual)
-            if states:
-                kept.append(state.h)
-            if tol is not None and not active.any():
-                break
-        if self.check_finite and not torch.compiler.is_compiling() and not batch.is_meta:
-            self._check(x, outputs, steps, context)
-        stacked = torch.stack(residuals) if residuals else torch.zeros(0, len(batch), device=batch.device)
-        return Trajectory(outputs, stacked, kept if states else None, n_steps, None if tol is None else ~active)
+        steps: int | None = None,  # T for this call; None: the model's own
+        tol: float | bool | None = None,  # for this call; None: the model's own, False: none
+        states: bool = False,  # keep the hidden states of every t in `.states`
+        **context,  # as for `states`
+    ) -> Trajectory:  # outputs of t = 0…T, fewer when all examples have settled
+        """The plain pass and T refinements; `NotConverged` warns when a tolerance was missed."""
+        steps = _check_steps(self.steps if steps is None else steps)
+        tol = None if self.training else _check_tol(self.tol if tol is None else tol)
+        loop = self.states(x, whole=states, **context)
+        found = record(islice(loop, steps + 1), tol=tol, measured=self.measured, keep=states)
+        if self.check_finite and not _no_numbers(found.outputs):
+            self.check(x, found.outputs, **context)
+        if tol is not None and not _no_numbers(found.outputs):
+            _warn_missed(type(self).__name__, found, tol)
+        return found
 
     def forward(
         self,
         x,  # the input, (B, …)
         *,
-        return_trajectory: bool = False,  # the whole Trajectory instead of its last output (what a per-step loss needs, also under DDP)
+        return_trajectory: bool = False,  # all of it, as a loss per step needs, also under DDP
         **kwargs,  # as for `trajectory`
     ):  # the output after the last step, (B, C) or (B, C, H, W)
         """The answer after T refinements, so that the model drops into any PyTorch loop."""
         trajectory = self.trajectory(x, **kwargs)
         return trajectory if return_trajectory else trajectory.output
 
-    def _check(self, x, outputs, steps, context):
+    def check(self, x, outputs, **context):
+        """`FloatingPointError` that names layer and step when an output is not finite."""
         with torch.no_grad():
-            fine = torch.stack([leaf.isfinite().all() for leaf in tree_leaves(outputs) if torch.is_tensor(leaf)]).all()
+            leaves = [leaf for leaf in tree_leaves(outputs) if torch.is_tensor(leaf)]
+            fine = torch.stack([leaf.isfinite().all() for leaf in leaves]).all()
         if not fine:
-            raise FloatingPointError(find_non_finite(self, x, steps, **context))
+            raise FloatingPointError(find_non_finite(self, x, len(outputs) - 1, **context))
 
 # %% ../nbs/01_feedback.ipynb #dcf25e1f
 def _bad_examples(tree):
     """Indices of the examples that hold a value that is not finite."""
-    bad = [(~leaf.isfinite()).flatten(1).any(1) for leaf in tree_leaves(tree) if torch.is_tensor(leaf) and leaf.is_floating_point() and leaf.dim()]
+    leaves = [leaf for leaf in tree_leaves(tree) if torch.is_tensor(leaf) and leaf.dim()]
+    bad = [(~leaf.isfinite()).flatten(1).any(1) for leaf in leaves if leaf.is_floating_point()]
     return torch.stack(bad).any(0).nonzero().flatten().tolist() if bad else []
+
+
+def _where_not_finite(states, steps):
+    """The first place in a slice of the loop that holds a value that is not finite, or None."""
+    for t, state in enumerate(islice(states, steps + 1)):
+        hidden = state.h if isinstance(state.h, dict) else {"state": state.h}
+        places = {f"the state of layer {name!r}": h for name, h in hidden.items()}
+        for place, tree in (places | {"the output": state.y}).items():
+            if bad := _bad_examples(tree):
+                return f"{place} is not finite at step {t} of {steps} ({_named(bad)})"
+
+
+def _named(bad):
+    return f"example{'s' * (len(bad) > 1)} {', '.join(map(str, bad[:5]))}{' …' * (len(bad) > 5)}"
 
 
 @torch.no_grad()
@@ -406,53 +627,43 @@ def find_non_finite(
     steps: int,  # how many steps to look through
     **context,  # as for `trajectory`
 ) -> str:  # a sentence that names the layer, the step and the examples
-    """Run a pass again, step by step, and say where the first value that is not finite stands; buffers and random state are put back."""
-    say = lambda bad: f"example{'s' * (len(bad) > 1)} {', '.join(map(str, bad[:5]))}{' …' * (len(bad) > 5)}"
-    remedy = "lower the learning rate, clip the gradients, or look at the weights of that layer"
+    """Run a pass again and say where it fails first; buffers and random state are put back."""
     if bad := _bad_examples(x):
-        return f"the input holds a value that is not finite ({say(bad)}); clean the data"
+        return f"the input holds a value that is not finite ({_named(bad)}); clean the data"
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    devices = sorted({leaf.device.index for leaf in tree_leaves(x) if torch.is_tensor(leaf) and leaf.is_cuda})
+    gpus = {leaf.device.index for leaf in tree_leaves(x) if torch.is_tensor(leaf) and leaf.is_cuda}
     try:
-        with torch.random.fork_rng(devices=devices):
-            state = model.start(x, states=True, **context)
-            for t in range(steps + 1):
-                for name, h in (state.h.items() if isinstance(state.h, dict) else [("state", state.h)]):
-                    if bad := _bad_examples(h):
-                        return f"the state of layer {name!r} is not finite at step {t} of {steps} ({say(bad)}); {remedy}"
-                if bad := _bad_examples(state.y):
-                    return f"the output is not finite at step {t} of {steps} ({say(bad)}) though the states are; {remedy}"
-                if t < steps:
-                    state = model.step(x, state, **context)
+        with torch.random.fork_rng(devices=sorted(gpus)):
+            place = _where_not_finite(model.states(x, **context), steps)
     finally:
         for buffer, before in buffers:
             buffer.copy_(before)
-    return f"an output was not finite, and was so no more when the {steps} steps were run again (dropout, or a race); {remedy}"
+    place = place or f"an output was not finite, but is when the {steps} steps are run again"
+    return f"{place}; lower the learning rate, clip gradients, or look at that layer's weights"
 
 # %% ../nbs/01_feedback.ipynb #01274c98
 def step_weights(
-    weights,  # "mean": 1/(T+1) for each; "last": only the answer; or one number for each of the T+1 outputs
+    weights,  # "mean": 1/(T+1) for each; "last": only the answer; or T+1 numbers
     n: int,  # number of outputs, T+1
 ) -> list[float]:  # λ_0 … λ_T
     """The weights λ_t as numbers; `ValueError` for a wrong name, length or value."""
-    if isinstance(weights, str):
-        if weights not in ("mean", "last"):
-            raise ValueError(f"weights must be 'mean', 'last' or {n} numbers, got {weights!r}")
-        return [1 / n] * n if weights == "mean" else [0.0] * (n - 1) + [1.0]
-    weights = [float(w) for w in weights]
-    if len(weights) != n:
-        raise ValueError(f"weights needs one number for each of the {n} outputs (t = 0…{n - 1}), got {len(weights)}")
-    if not all(0 <= w < float("inf") for w in weights) or sum(weights) == 0:
-        raise ValueError(f"weights must be finite, not negative and not all zero, got {weights}")
-    return weights
+    if weights == "mean":
+        return [1 / n] * n
+    if weights == "last":
+        return [0.0] * (n - 1) + [1.0]
+    numbers = [] if isinstance(weights, str) else [float(w) for w in weights]
+    if len(numbers) != n or sum(numbers) == 0 or not all(0 <= w < math.inf for w in numbers):
+        asked = f"'mean', 'last' or {n} finite numbers ≥ 0 (t = 0…{n - 1}), not all zero"
+        raise ValueError(f"weights must be {asked}, got {weights}")
+    return numbers
 
 
 def stepwise_loss(
     trajectory: Trajectory,  # outputs[t] for t = 0…T
     target: torch.Tensor,  # what every output should have been
-    loss_fn=F.cross_entropy,  # (output, target) -> scalar
+    loss_fn: Callable = F.cross_entropy,  # (output, target) -> scalar
     weights="mean",  # λ_t: "mean", "last" or T+1 numbers, used as given
-) -> torch.Tensor:  # scalar, Σ_t λ_t ℓ(y_t, target)  (CBL eq. 9; the U-Net's eq. 6; LRM's mean of pass 0 and pass 1)
+) -> torch.Tensor:  # scalar, Σ_t λ_t ℓ(y_t, target): CBL eq. 9, the U-Net's eq. 6, LRM's mean
     """The weighted sum of the losses of all steps."""
     pairs = zip(step_weights(weights, len(trajectory.outputs)), trajectory.outputs)
     return sum(w * loss_fn(output, target) for w, output in pairs if w > 0)

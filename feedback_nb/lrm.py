@@ -242,8 +242,10 @@ class LRM(FeedbackModel):
         motif: str = "paper",  # "paper" (equation 2) or "published" (what the released weights were trained with)
         mode: str = "multiply",  # x + x·ΣF; "add": x + ΣF
         channel_dims: "dict[str, int] | None" = None,  # {layer: dimension of its channels} where 1 (maps) or last (tokens) is wrong
+        tol: float | None = None,  # an example stops at this residual, in eval mode; None: never
+        check_finite: bool = True,  # raise when an output is not finite
     ):
-        super().__init__(steps)
+        super().__init__(steps, tol, check_finite)
         for name, value, known in (("motif", motif, ("paper", "published")), ("mode", mode, ("multiply", "add"))):
             if value not in known:
                 raise ValueError(f"{name} must be {known[0]!r} or {known[1]!r}, got {value!r}")
@@ -274,7 +276,7 @@ class LRM(FeedbackModel):
             before[name] = value.to(like)  # there is no output yet whose device and dtype it could take
         return run_pass(self, x, before, {}, steer)
 
-    def step(self, x, state, *, steer=None) -> State:
+    def step(self, x, state, t, *, steer=None) -> State:
         """One modulated pass."""
         return run_pass(self, x, state.h, state.memo, steer)
 
