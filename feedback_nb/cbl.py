@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['ADAPTERS', 'GateAdapter', 'ConcatAdapter', 'AttentionAdapter', 'TokenAdapter', 'Site', 'plan_sites', 'literal_step',
-           'through_step', 'Context', 'CBL', 'cbl_cnn', 'cbl_resnet18', 'cbl_vit', 'cbl_vit_b16', 'cbl_vit_l16',
-           'cbl_vit_h14', 'cbl_rnn', 'cbl_text']
+           'through_step', 'Context', 'CBL']
 
 # %% ../nbs/10_cbl.ipynb #34e6f131
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from feedback_nb.networks import (  # noqa: F401 (they stay importable from here
     TextBlock,
     TextEncoder,
     cnn,
+    default_layers,
     resnet18,
     rnn,
     text_encoder,
@@ -330,7 +330,7 @@ class CBL(FeedbackModel):
     def __init__(
         self,
         net: nn.Module,  # x -> logits (B, C); it is wrapped, not copied, and works on its own as before
-        layers: "list[str]",  # layers to refine, by name; in whatever order they are given, they are refined in the order they run
+        layers: "list[str] | None" = None,  # names; refined in the order they run; None: `default_layers`
         *,
         example: torch.Tensor,  # one batch as `net` takes it, on its device, to learn shapes from
         context_dim: int = 64,  # size of z
@@ -347,6 +347,7 @@ class CBL(FeedbackModel):
         super().__init__(steps, tol, check_finite)
         if flow not in ("through", "literal"):
             raise ValueError(f"flow must be 'through' or 'literal', got {flow!r}")
+        layers = default_layers(net, example) if layers is None else layers
         sites, calls, output = plan_sites(net, layers, example, channel_dims)
         self.net, self.flow, self.sites = net, flow, sites
         self.alpha_raw = nn.Parameter(torch.tensor(_check_alpha(alpha)), requires_grad=learn_alpha)
@@ -400,134 +401,3 @@ class CBL(FeedbackModel):
     def step(self, x, state, t) -> State:
         """One refinement, by the flow of this model."""
         return (through_step if self.flow == "through" else literal_step)(self, x, state)
-
-# %% ../nbs/10_cbl.ipynb #4595c0e4
-def cbl_cnn(
-    in_channels: int = 3,  # of the images
-    n_classes: int = 10,
-    *,
-    width: int = 32,  # as in `cnn`
-    hidden: int = 128,  # as in `cnn`
-    layers=("stage1", "stage2", "stage3", "stage4"),  # layers to refine
-    **options,  # as for `CBL`
-) -> CBL:  # the same network, refined by its own output
-    """The CBL twin of the standard CNN."""
-    return CBL(cnn(in_channels, n_classes, width=width, hidden=hidden), list(layers), example=torch.zeros(1, in_channels, 8, 8), **options)
-
-# %% ../nbs/10_cbl.ipynb #be009cf3
-def cbl_resnet18(
-    n_classes: int = 1000,
-    *,
-    weights=None,  # as in `resnet18`
-    small: bool = False,  # as in `resnet18`
-    in_channels: int = 3,  # as in `resnet18`
-    layers=("layer1", "layer2", "layer3", "layer4"),  # layers to refine: the four stages
-    **options,  # as for `CBL`
-) -> CBL:  # images (B, in_channels, H, W) to logits (B, n_classes)
-    """The CBL twin of ResNet-18."""
-    net = resnet18(n_classes, weights=weights, small=small, in_channels=in_channels)
-    return CBL(net, list(layers), example=torch.zeros(1, in_channels, 64, 64), **options)
-
-# %% ../nbs/10_cbl.ipynb #4101bdfa
-def _cbl_vit(net, layers, options):
-    blocks = [f"encoder.layers.{name}" for name, _ in net.encoder.layers.named_children()]
-    example = torch.zeros(1, net.conv_proj.in_channels, net.image_size, net.image_size)
-    return CBL(net, blocks if layers is None else list(layers), example=example, **options)
-
-# %% ../nbs/10_cbl.ipynb #c01a49c3
-def cbl_vit(
-    n_classes: int = 10,
-    *,
-    layers=None,  # layers to refine; None: every encoder block
-    image_size: int = 32,  # as in `vit`, like all to in_channels
-    patch_size: int = 4,
-    num_layers: int = 6,
-    num_heads: int = 4,
-    hidden_dim: int = 128,
-    mlp_dim: int = 256,
-    dropout: float = 0.0,
-    in_channels: int = 3,
-    **options,  # as for `CBL`; adapter="token" makes of the context one more token
-) -> CBL:  # images (B, in_channels, image_size, image_size) to logits (B, n_classes)
-    """The CBL twin of the small vision transformer."""
-    sizes = {"num_layers": num_layers, "num_heads": num_heads, "hidden_dim": hidden_dim, "mlp_dim": mlp_dim, "dropout": dropout}
-    net = vit(n_classes, image_size=image_size, patch_size=patch_size, in_channels=in_channels, **sizes)
-    return _cbl_vit(net, layers, options)
-
-# %% ../nbs/10_cbl.ipynb #cbcb33cc
-def _published_vit(name, n_classes, weights, image_size):
-    size = {} if image_size is None else {"image_size": image_size}
-    return torchvision_net(name, n_classes, weights=weights, **size)
-
-
-def cbl_vit_b16(
-    n_classes: int = 1000,
-    *,
-    weights=None,  # None: random; or torchvision's name of pretrained ones, as "DEFAULT" (downloads); a new last layer unless n_classes is 1000
-    image_size: "int | None" = None,  # pixels on a side; None: that of the weights, else 224
-    layers=None,  # layers to refine; None: every encoder block
-    **options,  # as for `CBL`; adapter="token" makes of the context one more token
-) -> CBL:  # images (B, 3, image_size, image_size) to logits (B, n_classes)
-    """The CBL twin of torchvision's ViT-B/16: 12 blocks of width 768."""
-    return _cbl_vit(_published_vit("vit_b_16", n_classes, weights, image_size), layers, options)
-
-# %% ../nbs/10_cbl.ipynb #676568a3
-def cbl_vit_l16(
-    n_classes: int = 1000,
-    *,
-    weights=None,  # as in `cbl_vit_b16`
-    image_size: "int | None" = None,  # as in `cbl_vit_b16`
-    layers=None,  # as in `cbl_vit_b16`
-    **options,  # as for `CBL`
-) -> CBL:  # images (B, 3, image_size, image_size) to logits (B, n_classes)
-    """The CBL twin of torchvision's ViT-L/16: 24 blocks of width 1024."""
-    return _cbl_vit(_published_vit("vit_l_16", n_classes, weights, image_size), layers, options)
-
-
-def cbl_vit_h14(
-    n_classes: int = 1000,
-    *,
-    weights=None,  # as in `cbl_vit_b16`
-    image_size: "int | None" = None,  # as in `cbl_vit_b16`
-    layers=None,  # as in `cbl_vit_b16`
-    **options,  # as for `CBL`
-) -> CBL:  # images (B, 3, image_size, image_size) to logits (B, n_classes)
-    """The CBL twin of torchvision's ViT-H/14: 32 blocks of width 1280."""
-    return _cbl_vit(_published_vit("vit_h_14", n_classes, weights, image_size), layers, options)
-
-# %% ../nbs/10_cbl.ipynb #ccd90aa1
-def cbl_rnn(
-    n_inputs: int,  # features of a time step
-    n_classes: int = 10,
-    *,
-    layers=None,  # layers to refine; None: all recurrent layers
-    width: int = 128,  # as in `rnn`, like all to dropout
-    depth: int = 2,
-    cell: str = "lstm",
-    bidirectional: bool = False,
-    dropout: float = 0.0,
-    **options,  # as for `CBL`
-) -> CBL:  # as for `rnn`
-    """The CBL twin of the recurrent classifier: the hidden states of all time steps are refined."""
-    net = rnn(n_inputs, n_classes, width=width, depth=depth, cell=cell, bidirectional=bidirectional, dropout=dropout)
-    return CBL(net, [f"layers.{i}" for i in range(depth)] if layers is None else list(layers), example=torch.zeros(1, 2, n_inputs), **options)
-
-# %% ../nbs/10_cbl.ipynb #f0d97cca
-def cbl_text(
-    n_tokens: int,  # size of the vocabulary
-    n_classes: int = 2,
-    *,
-    layers=None,  # layers to refine; None: every block
-    dim: int = 128,  # as in `text_encoder`, like all to dropout
-    depth: int = 4,
-    heads: int = 4,
-    mlp: "int | None" = None,
-    max_len: int = 512,
-    pad: int = 0,
-    dropout: float = 0.1,
-    **options,  # as for `CBL`; adapter="token" makes of the context one more token
-) -> CBL:  # token ids (B, N) to logits (B, n_classes)
-    """The CBL twin of the text encoder."""
-    net = text_encoder(n_tokens, n_classes, dim=dim, depth=depth, heads=heads, mlp=mlp, max_len=max_len, pad=pad, dropout=dropout)
-    example = torch.full((1, min(2, max_len)), (pad + 1) % n_tokens)
-    return CBL(net, [f"blocks.{i}" for i in range(depth)] if layers is None else list(layers), example=example, **options)

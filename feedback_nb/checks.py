@@ -40,6 +40,7 @@ def need_number(
     """ValueError unless every value is a number between `low` and `high`."""
     kind = numbers.Integral if whole else numbers.Real
     for name, value in values.items():
+        value = value.item() if hasattr(value, "item") else value  # of a tensor with one element
         number = isinstance(value, kind) and not isinstance(value, bool)
         if not (number and low <= value <= high) or strict and value in (low, high):
             above = low != -math.inf and f"{'above' if strict else 'at least'} {low:g}"
