@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['ADAPTERS', 'GateAdapter', 'ConcatAdapter', 'AttentionAdapter', 'TokenAdapter', 'Site', 'plan_sites', 'literal_step',
-           'through_step', 'Context', 'CBL', 'cnn', 'cbl_cnn', 'resnet18', 'cbl_resnet18', 'vit', 'cbl_vit',
-           'cbl_vit_b16', 'cbl_vit_l16', 'cbl_vit_h14', 'Recurrent', 'RNN', 'rnn', 'cbl_rnn', 'TextBlock',
-           'TextEncoder', 'text_encoder', 'cbl_text']
+           'through_step', 'Context', 'CBL', 'cbl_cnn', 'cbl_resnet18', 'cbl_vit', 'cbl_vit_b16', 'cbl_vit_l16',
+           'cbl_vit_h14', 'cbl_rnn', 'cbl_text']
 
 # %% ../nbs/10_cbl.ipynb #34e6f131
 from collections.abc import Callable
@@ -19,6 +18,18 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from .feedback import FeedbackModel, Splice, State, find_layers, settled_before, trace_calls
+from feedback_nb.networks import (  # noqa: F401 (they stay importable from here)
+    RNN,
+    Recurrent,
+    TextBlock,
+    TextEncoder,
+    cnn,
+    resnet18,
+    rnn,
+    text_encoder,
+    torchvision_net,
+    vit,
+)
 
 # %% ../nbs/10_cbl.ipynb #ae881bb2
 class GateAdapter(nn.Module):
@@ -380,28 +391,6 @@ class CBL(FeedbackModel):
         return (through_step if self.flow == "through" else literal_step)(self, x, state)
 
 # %% ../nbs/10_cbl.ipynb #4595c0e4
-def cnn(
-    in_channels: int = 3,  # of the images
-    n_classes: int = 10,
-    *,
-    width: int = 32,  # channels of the first stage; 2, 4 and 8 times as many in the others
-    hidden: int = 128,  # width of the first fully connected layer
-) -> nn.Sequential:  # images (B, in_channels, H, W), H and W at least 8, to logits (B, n_classes)
-    """The standard CNN: four stages of two 3×3 convolutions with batch norm, max pooling, two fully connected layers."""
-
-    def conv(a, b):
-        return [nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU()]
-
-    net, channels = nn.Sequential(), in_channels
-    for i in range(4):
-        pool = [nn.MaxPool2d(2)] if i < 3 else [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-        net.add_module(f"stage{i + 1}", nn.Sequential(*conv(channels, width << i), *conv(width << i, width << i), *pool))
-        channels = width << i
-    net.add_module("fc1", nn.Sequential(nn.Linear(channels, hidden), nn.ReLU()))
-    net.add_module("fc2", nn.Linear(hidden, n_classes))
-    return net
-
-
 def cbl_cnn(
     in_channels: int = 3,  # of the images
     n_classes: int = 10,
@@ -413,43 +402,6 @@ def cbl_cnn(
 ) -> CBL:  # the same network, refined by its own output
     """The CBL twin of the standard CNN."""
     return CBL(cnn(in_channels, n_classes, width=width, hidden=hidden), list(layers), example=torch.zeros(1, in_channels, 8, 8), **options)
-
-# %% ../nbs/10_cbl.ipynb #39acd95f
-def _torchvision(name, n_classes, weights, **options):
-    """A torchvision classifier; a new last layer where the weights were trained for another number of classes."""
-    from torchvision import models
-
-    if weights is None:
-        return models.get_model(name, num_classes=n_classes, **options)
-    known = models.get_model_weights(name)
-    if isinstance(weights, str) and weights in known.__members__:
-        weights = known[weights]
-    if not isinstance(weights, known):
-        raise ValueError(f"no weights {weights!r} for {name}; torchvision has {', '.join(map(repr, known.__members__))} (downloaded on first use), or None for random ones")
-    net = models.get_model(name, weights=weights, **options)
-    parent, last = (net, "fc") if hasattr(net, "fc") else (net.heads, "head")
-    old = getattr(parent, last)
-    if old.out_features != n_classes:
-        setattr(parent, last, nn.Linear(old.in_features, n_classes))
-    return net
-
-# %% ../nbs/10_cbl.ipynb #74227d73
-def resnet18(
-    n_classes: int = 1000,
-    *,
-    weights=None,  # None: random; or torchvision's name of pretrained ones, as "DEFAULT" (downloads); a new last layer unless n_classes is 1000
-    small: bool = False,  # for small images: a first convolution of 3×3, stride 1, and no pooling after it
-    in_channels: int = 3,  # of the images
-) -> nn.Module:  # images (B, in_channels, H, W) to logits (B, n_classes)
-    """torchvision's ResNet-18; `ValueError` for weights that do not exist or do not fit."""
-    if weights is not None and (small or in_channels != 3):
-        raise ValueError(f"pretrained weights need the first convolution they were trained with: small=False and in_channels=3, got small={small} and in_channels={in_channels}")
-    net = _torchvision("resnet18", n_classes, weights)
-    if small:
-        net.conv1, net.maxpool = nn.Conv2d(in_channels, 64, 3, padding=1, bias=False), nn.Identity()
-    elif in_channels != 3:
-        net.conv1 = nn.Conv2d(in_channels, 64, 7, stride=2, padding=3, bias=False)
-    return net
 
 # %% ../nbs/10_cbl.ipynb #be009cf3
 def cbl_resnet18(
@@ -466,37 +418,10 @@ def cbl_resnet18(
     return CBL(net, list(layers), example=torch.zeros(1, in_channels, 64, 64), **options)
 
 # %% ../nbs/10_cbl.ipynb #4101bdfa
-def _check_patches(image_size, patch_size):
-    if image_size % patch_size:
-        raise ValueError(f"image_size must be a multiple of the patch size {patch_size}, got {image_size}; resize the images to {round(image_size / patch_size) * patch_size or patch_size}")
-
-
 def _cbl_vit(net, layers, options):
     blocks = [f"encoder.layers.{name}" for name, _ in net.encoder.layers.named_children()]
     example = torch.zeros(1, net.conv_proj.in_channels, net.image_size, net.image_size)
     return CBL(net, blocks if layers is None else list(layers), example=example, **options)
-
-# %% ../nbs/10_cbl.ipynb #4352bf7f
-def vit(
-    n_classes: int = 10,
-    *,
-    image_size: int = 32,  # pixels on a side; a multiple of patch_size
-    patch_size: int = 4,
-    num_layers: int = 6,  # encoder blocks
-    num_heads: int = 4,
-    hidden_dim: int = 128,  # D, width of a token
-    mlp_dim: int = 256,
-    dropout: float = 0.0,
-    in_channels: int = 3,  # of the images
-) -> nn.Module:  # images (B, in_channels, image_size, image_size) to logits (B, n_classes)
-    """torchvision's vision transformer in a size for small images; its last layer starts at zero, as torchvision's does."""
-    from torchvision.models import VisionTransformer
-
-    _check_patches(image_size, patch_size)
-    net = VisionTransformer(image_size, patch_size, num_layers, num_heads, hidden_dim, mlp_dim, dropout, num_classes=n_classes)
-    if in_channels != 3:
-        net.conv_proj = nn.Conv2d(in_channels, hidden_dim, patch_size, stride=patch_size)
-    return net
 
 # %% ../nbs/10_cbl.ipynb #c01a49c3
 def cbl_vit(
@@ -521,9 +446,7 @@ def cbl_vit(
 # %% ../nbs/10_cbl.ipynb #cbcb33cc
 def _published_vit(name, n_classes, weights, image_size):
     size = {} if image_size is None else {"image_size": image_size}
-    if image_size is not None:
-        _check_patches(image_size, int(name.rsplit("_", 1)[1]))
-    return _torchvision(name, n_classes, weights, **size)
+    return torchvision_net(name, n_classes, weights=weights, **size)
 
 
 def cbl_vit_b16(
@@ -561,62 +484,6 @@ def cbl_vit_h14(
     """The CBL twin of torchvision's ViT-H/14: 32 blocks of width 1280."""
     return _cbl_vit(_published_vit("vit_h_14", n_classes, weights, image_size), layers, options)
 
-# %% ../nbs/10_cbl.ipynb #6509ee09
-class Recurrent(nn.Module):
-    """One LSTM or GRU layer that returns its hidden states alone."""
-
-    def __init__(self, kind, n_inputs: int, width: int, bidirectional: bool):
-        super().__init__()
-        self.cells = kind(n_inputs, width, batch_first=True, bidirectional=bidirectional)
-
-    def forward(self, x):  # (B, N, n_inputs)
-        if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
-            return self.cells(x)[0]  # (B, N, width)
-        with torch.autocast("cpu", enabled=False):  # many CPUs have no LSTM in bf16
-            return self.cells(x.to(self.cells.weight_ih_l0.dtype))[0]
-
-# %% ../nbs/10_cbl.ipynb #b2dbfc98
-class RNN(nn.Module):
-    """Recurrent layers, each of which hands its hidden states on, and a linear read-out of their mean over time."""
-
-    def __init__(self, n_inputs: int, n_classes: int, width: int, depth: int, cell: str, bidirectional: bool, dropout: float):
-        super().__init__()
-        kinds = {"lstm": nn.LSTM, "gru": nn.GRU}
-        if cell not in kinds:
-            raise ValueError(f"cell must be 'lstm' or 'gru', got {cell!r}")
-        out = width * (2 if bidirectional else 1)
-        self.n_inputs, self.dropout = n_inputs, nn.Dropout(dropout)
-        # a module for each layer, because in torch's stack of several layers the lower hidden states cannot be reached
-        self.layers = nn.ModuleList(Recurrent(kinds[cell], n_inputs if i == 0 else out, width, bidirectional) for i in range(depth))
-        self.head = nn.Linear(out, n_classes)
-
-    def forward(
-        self,
-        x,  # (B, N, n_inputs), or a spectrogram (B, 1, n_inputs, N), read along its last axis
-    ):  # logits (B, n_classes)
-        if not torch.is_tensor(x):
-            raise TypeError(f"an RNN takes a padded batch (B, N, {self.n_inputs}), got {type(x).__name__}; unpack packed sequences with torch.nn.utils.rnn.pad_packed_sequence")
-        h = x[:, 0].transpose(1, 2) if x.dim() == 4 and x.shape[1] == 1 else x
-        if h.dim() != 3 or h.shape[2] != self.n_inputs:
-            raise ValueError(f"an RNN takes a batch (B, N, {self.n_inputs}) or (B, 1, {self.n_inputs}, N), got shape {tuple(x.shape)}")
-        for layer in self.layers:
-            h = layer(self.dropout(h))
-        return self.head(h.mean(1))
-
-# %% ../nbs/10_cbl.ipynb #b7980041
-def rnn(
-    n_inputs: int,  # features of a time step
-    n_classes: int = 10,
-    *,
-    width: int = 128,  # hidden units of a layer, in each direction
-    depth: int = 2,  # layers
-    cell: str = "lstm",  # "lstm" or "gru"
-    bidirectional: bool = False,
-    dropout: float = 0.0,  # before each layer
-) -> nn.Module:  # sequences (B, N, n_inputs) or spectrograms (B, 1, n_inputs, N) to logits (B, n_classes)
-    """A recurrent classifier of whole sequences, all of one length."""
-    return RNN(n_inputs, n_classes, width, depth, cell, bidirectional, dropout)
-
 # %% ../nbs/10_cbl.ipynb #ccd90aa1
 def cbl_rnn(
     n_inputs: int,  # features of a time step
@@ -633,64 +500,6 @@ def cbl_rnn(
     """The CBL twin of the recurrent classifier: the hidden states of all time steps are refined."""
     net = rnn(n_inputs, n_classes, width=width, depth=depth, cell=cell, bidirectional=bidirectional, dropout=dropout)
     return CBL(net, [f"layers.{i}" for i in range(depth)] if layers is None else list(layers), example=torch.zeros(1, 2, n_inputs), **options)
-
-# %% ../nbs/10_cbl.ipynb #b9eb1d4f
-class TextBlock(nn.TransformerEncoderLayer):
-    """A pre-norm encoder block that leaves zeros at padded positions, so that a text's residual does not depend on its padding."""
-
-    def forward(self, h, *, src_key_padding_mask):
-        return super().forward(h, src_key_padding_mask=src_key_padding_mask).masked_fill(src_key_padding_mask[..., None], 0)
-
-# %% ../nbs/10_cbl.ipynb #f90d5d25
-class TextEncoder(nn.Module):
-    """A plain transformer encoder over token ids; the answer is read at a class token, which is never padded."""
-
-    def __init__(self, n_tokens: int, n_classes: int, dim: int, depth: int, heads: int, mlp: int, max_len: int, pad: int, dropout: float):
-        super().__init__()
-        self.n_tokens, self.max_len, self.pad = n_tokens, max_len, pad
-        self.embed, self.dropout = nn.Embedding(n_tokens, dim, padding_idx=pad), nn.Dropout(dropout)
-        self.cls, self.position = (nn.Parameter(0.02 * torch.randn(n, dim)) for n in (1, max_len + 1))
-        options = {"activation": "gelu", "batch_first": True, "norm_first": True}
-        self.blocks = nn.ModuleList(TextBlock(dim, heads, mlp, dropout, **options) for _ in range(depth))
-        self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, n_classes)
-
-    def check(self, ids):
-        if ids.dim() != 2 or ids.is_floating_point() or ids.shape[1] > self.max_len:
-            raise ValueError(f"expected token ids, whole numbers (B, N) with N at most max_len={self.max_len}, got {ids.dtype} of shape {tuple(ids.shape)}; cut longer texts")
-        if ids.device.type == "cpu" and not torch.compiler.is_compiling() and len(ids):  # elsewhere a look at the values would wait for the device
-            low, high = (int(v) for v in ids.aminmax()) if ids.numel() else (0, 0)
-            if low < 0 or high >= self.n_tokens:
-                raise ValueError(f"token ids must be from 0 to {self.n_tokens - 1}, got {low} to {high}; give the model the size of the whole vocabulary")
-
-    def forward(
-        self,
-        ids,  # (B, N) token ids; `pad` where a text has ended
-    ):  # logits (B, n_classes)
-        self.check(ids)
-        padded = F.pad(ids == self.pad, (1, 0))  # the class token comes first
-        h = torch.cat([self.cls.expand(len(ids), 1, -1), self.embed(ids)], 1) + self.position[: ids.shape[1] + 1]
-        h = self.dropout(h)
-        for block in self.blocks:
-            h = block(h, src_key_padding_mask=padded)
-        return self.head(self.norm(h[:, 0]))
-
-# %% ../nbs/10_cbl.ipynb #bfd650c5
-def text_encoder(
-    n_tokens: int,  # size of the vocabulary
-    n_classes: int = 2,
-    *,
-    dim: int = 128,  # D, width of a token
-    depth: int = 4,  # blocks
-    heads: int = 4,
-    mlp: "int | None" = None,  # width inside a block; None: 4 dim
-    max_len: int = 512,  # longest text
-    pad: int = 0,  # the id of padding
-    dropout: float = 0.1,
-) -> nn.Module:  # token ids (B, N) to logits (B, n_classes)
-    """A plain transformer encoder for texts; `ValueError` for ids that are none."""
-    if not 0 <= pad < n_tokens or dim % heads:
-        raise ValueError(f"pad must be one of the {n_tokens} ids and dim a multiple of heads, got pad={pad}, dim={dim}, heads={heads}")
-    return TextEncoder(n_tokens, n_classes, dim, depth, heads, 4 * dim if mlp is None else mlp, max_len, pad, dropout)
 
 # %% ../nbs/10_cbl.ipynb #f0d97cca
 def cbl_text(

@@ -622,11 +622,11 @@ def test_weights_are_loaded_by_name(monkeypatch):
         assert all(torch.equal(value, trained[key]) for key, value in model.net.state_dict().items() if "forward" not in key)
     other = cbl_resnet18(7, weights="DEFAULT")
     assert other.net.fc.out_features == 7 and torch.equal(other.net.conv1.weight, trained["conv1.weight"])
-    with pytest.raises(ValueError, match=r"no weights 'IMAGENET' for resnet18; torchvision has 'IMAGENET1K_V1', 'DEFAULT'.*or None"):
+    with pytest.raises(ValueError, match="'IMAGENET' for resnet18.*IMAGENET1K_V1"):
         cbl_resnet18(weights="IMAGENET")
-    with pytest.raises(ValueError, match="no weights .*ResNet18_Weights.* for vit_b_16"):
+    with pytest.raises(ValueError, match="ResNet18_Weights.* for vit_b_16"):
         cbl_vit_b16(weights=ResNet18_Weights.DEFAULT)
-    with pytest.raises(ValueError, match="pretrained weights need the first convolution they were trained with.*got small=True"):
+    with pytest.raises(ValueError, match="small=True"):
         cbl_resnet18(weights="DEFAULT", small=True)
     assert "IMAGENET1K_SWAG_E2E_V1" in ViT_B_16_Weights.__members__
 
@@ -697,22 +697,22 @@ V = torch.zeros(2, 4)
         bad(lambda: CBL(Out(lambda x: x.sum()), ["inner"], example=V), ValueError, r"'inner' returns torch.float32 of shape \(\)"),
         bad(lambda: CBL(Out(lambda x: x.T), ["inner"], example=V), ValueError, r"shape \(4, 2\) for a batch of 2; a refined state has its batch in dimension 0"),
         bad(lambda: CBL(nn.Sequential(nn.LSTM(4, 4), Take(), nn.Linear(4, 3)), ["0"], example=torch.zeros(2, 2, 4)), ValueError, r"'0' \(LSTM\) has its batch in dimension 1"),
-        bad(lambda: cbl_vit(5, image_size=30), ValueError, "image_size must be a multiple of the patch size 4, got 30; resize the images to 32"),
-        bad(lambda: cbl_vit_b16(image_size=100), ValueError, "image_size must be a multiple of the patch size 16, got 100; resize the images to 96"),
-        bad(lambda: cbl_vit_h14(image_size=8), ValueError, "multiple of the patch size 14, got 8; resize the images to 14"),
+        bad(lambda: cbl_vit(5, image_size=30), ValueError, "image_size 30.* 32"),
+        bad(lambda: cbl_vit_b16(image_size=100), ValueError, "image_size 100.* 96"),
+        bad(lambda: cbl_vit_h14(image_size=8), ValueError, "image_size 8.* 14"),
         bad(lambda: CBL(vit(5, **VIT), ["encoder.ln"], example=torch.zeros(1, 3, 20, 20)), ValueError, r"does not take the example of shape \(1, 3, 20, 20\).*Expected 16 but got 20"),
         bad(lambda: cbl_vit(5, **VIT)(torch.zeros(1, 3, 20, 20)), AssertionError, "Expected 16 but got 20"),
         bad(lambda: cbl_cnn(adapter="token"), ValueError, r"adapter='token' needs flow='through' and layers that return tokens \(B, N, channels\), got layer 'stage1' with its channels in dimension 1"),
         bad(lambda: cbl_vit(5, **VIT, adapter="token", flow="literal"), ValueError, "got flow='literal', where layers do not run again; use 'gate', 'concat', 'attention'"),
         bad(lambda: cbl_rnn(6, width=8, adapter="token")(torch.zeros(1, 2, 6)), ValueError, r"first argument is tokens \(B, N, 8\).*called with \(1, 2, 6\)"),
         bad(lambda: rnn(6, cell="elman"), ValueError, "cell must be 'lstm' or 'gru', got 'elman'"),
-        bad(lambda: rnn(6)(torch.zeros(2, 6)), ValueError, r"takes a batch \(B, N, 6\) or \(B, 1, 6, N\), got shape \(2, 6\)"),
-        bad(lambda: rnn(6)(pack_padded_sequence(torch.zeros(2, 3, 6), [3, 2], batch_first=True)), TypeError, "got PackedSequence; unpack packed sequences with"),
-        bad(lambda: text_encoder(9, heads=3), ValueError, "dim a multiple of heads, got pad=0, dim=128, heads=3"),
-        bad(lambda: text_encoder(9, pad=9), ValueError, "pad must be one of the 9 ids"),
-        bad(lambda: cbl_text(10, **TEXT)(torch.zeros(1, 13, dtype=torch.long)), ValueError, r"N at most max_len=12, got torch.int64 of shape \(1, 13\); cut longer texts"),
-        bad(lambda: cbl_text(10, **TEXT)(torch.zeros(1, 3)), ValueError, "expected token ids, whole numbers"),
-        bad(lambda: cbl_text(10, **TEXT)(torch.tensor([[3, 10]])), ValueError, "token ids must be from 0 to 9, got 3 to 10"),
+        bad(lambda: rnn(6)(torch.zeros(2, 6)), ValueError, r"\(B, N, 6\).*\(2, 6\)"),
+        bad(lambda: rnn(6)(pack_padded_sequence(torch.zeros(2, 3, 6), [3, 2], batch_first=True)), TypeError, "PackedSequence"),
+        bad(lambda: text_encoder(9, heads=3), ValueError, "dim=128, heads=3"),
+        bad(lambda: text_encoder(9, pad=9), ValueError, "pad=9"),
+        bad(lambda: cbl_text(10, **TEXT)(torch.zeros(1, 13, dtype=torch.long)), ValueError, r"max_len=12.*\(1, 13\)"),
+        bad(lambda: cbl_text(10, **TEXT)(torch.zeros(1, 3)), ValueError, "float32"),
+        bad(lambda: cbl_text(10, **TEXT)(torch.tensor([[3, 10]])), ValueError, "0 to 9.*3 to 10"),
     ],
 )
 def test_bad_input_to_architectures_is_named(make, error, message):
