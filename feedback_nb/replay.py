@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['find_layers', 'call_network', 'Taps', 'edit', 'tap', 'layer_shapes', 'Splice', 'Call', 'trace_calls',
-           'settled_before', 'state_of', 'with_state', 'Site', 'Named', 'find_sites', 'Around', 'Replay', 'check_reach']
+           'settled_before', 'state_of', 'with_state', 'Site', 'Named', 'plan_sites', 'Replay', 'check_reach']
 
 # %% ../nbs/90_replay.ipynb #a559ed2b
 #| code-fold: true
@@ -392,7 +392,7 @@ def _sizes_twice_as_large(net, names, example):
     except Exception:  # a network that takes one size only
         return {}
 
-# %% ../nbs/90_replay.ipynb #533fcbbb
+# %% ../nbs/90_replay.ipynb #78f01caa
 def _why_no_state(layer, output, batch):
     """What is wrong with refining this layer; None when nothing is."""
     items = output if isinstance(output, (tuple, list)) else [output]
@@ -411,7 +411,7 @@ def _why_no_state(layer, output, batch):
         return f"returns {tuple(first.shape)} for a batch of {batch}; a state is (B, C, …)"
 
 
-def find_sites(
+def plan_sites(
     net: nn.Module,
     names: list[str],  # layers; `ValueError` for one that does not exist, run or return a state
     example,  # a batch as the network takes it
@@ -437,13 +437,7 @@ def find_sites(
             raise ValueError(f"layer {name!r} runs with {found}; a layer has one number of them")
     return sites, calls, output
 
-# %% ../nbs/90_replay.ipynb #451b27f1
-class Around(NamedTuple):
-    """A function of a pass that runs the layer itself, as `compute()` or on other arguments."""
-
-    fn: Callable  # compute -> what the layer shall return; see `Splice`
-
-
+# %% ../nbs/90_replay.ipynb #352af3d5
 def _copied(tree):
     return tree_map(lambda leaf: leaf.clone() if torch.is_tensor(leaf) else leaf, tree)
 
@@ -466,7 +460,7 @@ class Replay:
             if isinstance(getattr(module, "replay", None), Replay) and inside:
                 raise ValueError(f"{type(module).__name__} is wrapped; wrap the network in it")
         self.net, self.example_shape = net, _told(example)
-        self.sites, calls, output = find_sites(net, names, example, channel_dims)
+        self.sites, calls, output = plan_sites(net, names, example, channel_dims)
         order, self.edited = list(self.sites), edited(list(self.sites.values()))
         self.kept = set(names if kept is None else kept)
         first = next(call for call in order if self.sites[call] in self.edited)
@@ -485,9 +479,13 @@ class Replay:
         self,
         x,  # the input
         memo: dict,  # what need not run again: empty in the first pass, which fills it
-        fns: dict,  # {layer, or layer#k: function (output) -> new output or None, or `Around`}
+        fns: dict,  # {layer, or layer#k: function (output) -> new output, or None}
+        *,
+        around: dict | None = None,  # {layer, or layer#k: function (compute) -> output}; see `Splice`
+        net: nn.Module | None = None,  # the network, where it may have been wrapped or replaced
     ):  # the network's output
         """One pass; nothing is left on the modules."""
+        net, around = self.net if net is None else net, around or {}
         first, held, ran = not memo, [], set()
         for name, k in () if first else self.sites:
             if name in self.early and (name, k) in memo and (fn := _function(fns, name, k)):
@@ -496,8 +494,8 @@ class Replay:
         def answer(name, k, compute):
             fn = _function(fns, name, k) if first or name not in self.early else None
             ran.update((name, f"{name}#{k}"))
-            if isinstance(fn, Around):
-                return self._hand_on(name, fn.fn(compute), name in self.kept, held)
+            if (runs := _function(around, name, k)) is not None:
+                return self._hand_on(name, runs(compute), name in self.kept, held)
             call, output = (name, k), memo[name, k] if (name, k) in memo else compute()
             if first and (self.reused & {name, call} or fn is not None and name in self.early):
                 memo[call] = output
@@ -507,18 +505,18 @@ class Replay:
                 return self._hand_on(name, output, kept or call in memo, held)
             return self._hand_on(name, new, kept, held)
 
-        y = self._run(x, answer)
+        y = self._run(net, x, answer)
         if written := [name for name, leaf, version in held if leaf._version != version]:
             what = f"the network wrote into the output of {written[0]!r}, which is kept"
             raise RuntimeError(f"{what}; use an operation that is not in place there")
-        for key in fns:
+        for key in (*fns, *around):
             if key not in ran and (first or key.split("#")[0] not in self.early):
-                self._refuse_silence(key.split("#")[0])
+                self._refuse_silence(net, key.split("#")[0])
         return y
 
-    def _run(self, x, answer):
+    def _run(self, net, x, answer):
         try:
-            return self.splice.run(self.net, x, answer)
+            return self.splice.run(net, x, answer)
         except Exception as error:
             if (told := _told(x)) != self.example_shape:
                 error.add_note(f"The input is {told}; the model was built on {self.example_shape}.")
@@ -534,8 +532,8 @@ class Replay:
             held.append((name, output, output._version))
         return output
 
-    def _refuse_silence(self, name):
-        layer = dict(self.net.named_modules(remove_duplicate=False)).get(name)
+    def _refuse_silence(self, net, name):
+        layer = dict(net.named_modules(remove_duplicate=False)).get(name)
         if layer is None or not self.splice.serves(layer):
             raise ValueError(f"layer {name!r} was replaced after wrapping; wrap the network again")
         raise ValueError(f"layer {name!r} did not run for this input, as it did for the example")
