@@ -183,7 +183,7 @@ def _check_shapes(pairs, sites):
         if max(n, m) > 4 or n != m and (1, 1) not in (a.size, b.size):
             raise ValueError(f"{source!r} {a.shape} cannot be resized to {destination!r} {b.shape}")
 
-# %% ../nbs/30_lrm.ipynb #eb1269da
+# %% ../nbs/30_lrm.ipynb #dfcca73a
 class LRM(FeedbackModel):
     """Long-range modulation: every pass is modulated by what the sources said in the one before.
 
@@ -240,7 +240,7 @@ class LRM(FeedbackModel):
                 raise ValueError(f"steering {name!r}: {len(a)} vectors for a batch of {n}")
         return run_pass(self, x, {name: a.to(like) for name, a in before.items()}, {}, steer)
 
-    def step(self, x, state, *, steer=None) -> State:
+    def step(self, x, state, t, *, steer=None) -> State:
         """One modulated pass."""
         return run_pass(self, x, state.h, state.memo, steer)
 
@@ -260,8 +260,9 @@ class LRM(FeedbackModel):
             if all(name != connection.source for connection in later):
                 why = "it is heard in the pass in which it fires"
                 raise ValueError(f"steering {name!r} changes nothing: {why}")
-            whole = value.dim() == len(site.shape)
-            replaced[name] = value.movedim(1, site.dim) if whole else value
+            value = value.movedim(1, site.dim) if value.dim() == len(site.shape) else value
+            n = len(fired.get(name, value))  # a state has every example
+            replaced[name] = value.expand(n, *value.shape[1:])
         return {**fired, **replaced}
 
 # %% ../nbs/30_lrm.ipynb #7cc10716

@@ -10,12 +10,13 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import islice
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from .feedback import FeedbackModel, edit, find_layers
+from .feedback import FeedbackModel, _check_steps, edit, find_layers
 from .training import batches, kept_modes, kept_random_state
 
 # %% ../nbs/37_signatures.ipynb #bfabdbeb
@@ -34,14 +35,9 @@ def _passes(model, x, steps, steer):
         return
     if steer is not None and "steer" not in inspect.signature(model.step).parameters:
         raise ValueError(f"{type(model).__name__} cannot be steered; leave steer out, or use an LRM")
-    steps = model.steps if steps is None else steps
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-        raise ValueError(f"steps must be a whole number ≥ 0 (0 is the plain pass), got {steps!r}")
+    steps = _check_steps(model.steps if steps is None else steps)
     context = {} if steer is None else {"steer": steer}
-    state = model.start(x, **context)
-    yield state.y
-    for _ in range(steps):
-        state = model.step(x, state, **context)
+    for state in islice(model.states(x, whole=False, **context), steps + 1):
         yield state.y
 
 # %% ../nbs/37_signatures.ipynb #b12bca7a

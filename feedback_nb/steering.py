@@ -10,7 +10,7 @@ __all__ = ['Steer', 'one_hot', 'contrast', 'instance', 'Prototypes', 'prototype'
 # %% ../nbs/35_steering.ipynb #b4b8aff3
 import math
 from collections.abc import Callable, Sequence
-from itertools import combinations
+from itertools import combinations, islice
 from numbers import Real
 from typing import NamedTuple
 
@@ -307,13 +307,12 @@ def _looks(model: LRM, x, steers: list, steps: "int | None"):
     if model.tol is not None or model.at_once or any(steer.from_first_pass for steer in steers):
         yield from (model.trajectory(x, steps=steps, steer=steer).outputs for steer in steers)
         return
-    plain = model.start(x)
+    plain = next(model.states(x, whole=False))
     for steer in steers:
-        state, outputs = plain._replace(h=model._steered(plain.h, steer)), [plain.y]
-        for _ in range(steps):
-            state = model.step(x, state, steer=steer)
-            outputs.append(state.y)
-        model._check(x, outputs, steps, {"steer": steer})
+        begin = plain._replace(h=model._steered(plain.h, steer))
+        loop = model.states(x, start=begin, steer=steer)
+        outputs = [state.y for state in islice(loop, steps + 1)]
+        model.check(x, outputs, steer=steer)
         yield outputs
 
 

@@ -296,7 +296,7 @@ def recalibrate(
     """Estimate the running statistics of batch norm anew, as plain means over all batches, with dropout switched off."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     momenta = [norm.momentum for norm in norms]
-    before = [copy.deepcopy(norm.state_dict()) for norm in norms]
+    before = copy.deepcopy(model.state_dict())
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     try:
         with kept_modes(model), kept_random_state(device):
@@ -304,11 +304,12 @@ def recalibrate(
             for norm in norms:
                 norm.train().reset_running_stats()
                 norm.momentum = None  # of torch: each batch counts alike
+            if isinstance(model, FeedbackModel) and model.statistics is not None:
+                model.statistics.restart()  # a set for every pass
             for _, _, (x, _) in batches(data, batch_size, seed=seed, epoch=0):
                 model(_to(device, x))
     except BaseException:
-        for norm, state in zip(norms, before):
-            norm.load_state_dict(state)
+        model.load_state_dict(before)
         raise
     finally:
         for norm, momentum in zip(norms, momenta):

@@ -10,7 +10,7 @@ __all__ = ['NORMS', 'Padded', 'UNet', 'ExponentialDecay', 'FeedbackLoop', 'Feedb
 # %% ../nbs/20_unet.ipynb #e085b376
 import math
 from collections.abc import Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -142,20 +142,6 @@ class ExponentialDecay(nn.Module):
         return delta * factor if self.kind == "scalar" else F.conv2d(delta, factor.to(delta.dtype)[:, :, None, None])
 
 # %% ../nbs/20_unet.ipynb #cfaddf2e
-@contextmanager
-def _still_statistics(body):
-    """Batch norms inside the block normalise as always but do not count: a pass that is computed again was counted before."""
-    norms = [m for m in body.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats and m.training]
-    before = [(m, m.momentum, m.num_batches_tracked) for m in norms]
-    try:
-        for m in norms:
-            m.momentum, m.num_batches_tracked = 0.0, m.num_batches_tracked.clone()
-        yield
-    finally:
-        for m, momentum, counted in before:
-            m.momentum, m.num_batches_tracked = momentum, counted
-
-
 def _check_backprop(backprop):
     whole = isinstance(backprop, int) and not isinstance(backprop, bool) and backprop >= 1
     if backprop not in ("full", "recompute") and not whole:
@@ -218,8 +204,12 @@ class FeedbackLoop(FeedbackModel):
 
     def delta(self, x, v, t):
         """δ(t): the change, decayed by the clock t."""
+        return self._changes(x, v, t)[0]
+
+    def _changes(self, x, v, t):
+        """The change after the decay and, without a graph, before it."""
         change = self.change(x, v)
-        return change if self.decay is None else self.decay(change, t)
+        return change if self.decay is None else self.decay(change, t), change.detach()
 
     def start(self, x, *, states=False, restart=(), first=0) -> State:
         """The blank state u = v = 0 and its prediction; nothing has been looked at yet."""
@@ -227,20 +217,22 @@ class FeedbackLoop(FeedbackModel):
             got = f"{x.dtype} {tuple(x.shape)}" if torch.is_tensor(x) else type(x).__name__
             raise ValueError(f"x must be a batch of floating-point images (B, C, H, W), got {got}; bytes become floats by x.float() / 255, one image a batch by x[None]")
         u, v = (x.new_zeros(len(x), channels, *x.shape[2:]) for channels in (self.state, self.feedback))
-        return State({"u": u, "v": v}, self.head(u), 0)
+        return State({"u": u, "v": v}, self.head(u))
 
-    def step(self, x, state, *, restart=(), first=0) -> State:
-        """One step; the clock counts from the last of the `restart` times, and no gradient goes into steps before `first`."""
-        u, v, t = state.h["u"], state.h["v"], state.memo
+    def step(self, x, state, t, *, restart=(), first=0) -> State:
+        """One step; the clock counts from the last `restart`; no gradient before step `first`."""
+        u, v = state.h["u"], state.h["v"]
         clock = t - max([0, *(r for r in restart if r <= t)])
-        with torch.set_grad_enabled(torch.is_grad_enabled() and t >= first):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and t >= first), self.passing(t):
             if self.backprop == "recompute" and torch.is_grad_enabled():
-                again = lambda: (nullcontext(), _still_statistics(self.body))
-                d = checkpoint(self.delta, x, v, clock, use_reentrant=False, context_fn=again)
+                again = lambda: (nullcontext(), self.passing(t, again=True))
+                options = {"use_reentrant": False, "context_fn": again}
+                d, change = checkpoint(self._changes, x, v, clock, **options)
             else:
-                d = self.delta(x, v, clock)
+                d, change = self._changes(x, v, clock)
             u, v = u + d[:, : self.state], v + d[:, self.state :]
-        return State({"u": u, "v": v}, self.head(u), t + 1)
+        change = {"u": change[:, : self.state], "v": change[:, self.state :]}
+        return State({"u": u, "v": v}, self.head(u), change=change)
 
     def trajectory(
         self,
@@ -427,7 +419,7 @@ def measure_segmentation(
     with kept_modes(model), kept_random_state(device):
         model.eval()
         for _, _, (x, y) in batches(data, batch_size):
-            outputs = model.trajectory(x.to(device), steps=steps, tol=None).outputs if isinstance(model, FeedbackModel) else [model(x.to(device))]
+            outputs = model.trajectory(x.to(device), steps=steps, tol=False).outputs if isinstance(model, FeedbackModel) else [model(x.to(device))]
             predictions.append(torch.stack([output.argmax(1) for output in outputs]))
             targets.append(y.to(device))
             n_classes = outputs[0].shape[1]

@@ -518,7 +518,7 @@ class Echo(FeedbackModel):
     def start(self, x, *, states=False):
         return State(torch.zeros_like(x), -self.line(x), x)
 
-    def step(self, x, state):
+    def step(self, x, state, t):
         h = state.h + x
         return State(h, self.line(0.5 + h - h.detach()) + self.line(x).detach(), x)
 
@@ -732,7 +732,7 @@ def test_cost_ratios_and_passes():
             y = self.net(x)
             return State(y, y)
 
-        def step(self, x, state):
+        def step(self, x, state, t):
             y = self.net(x + state.y.mean())
             return State(y, y)
 

@@ -55,7 +55,7 @@ class Loop(FeedbackModel):
         h = torch.tanh(self.a(x))
         return State(h, self.b(h))
 
-    def step(self, x, state):
+    def step(self, x, state, t):
         h = torch.tanh(self.a(x) + self.c(state.y))
         return State(h, self.b(h))
 
@@ -480,7 +480,7 @@ class Painter(FeedbackModel):
         h = torch.relu(self.a(x))
         return State(h, self.b(h))
 
-    def step(self, x, state):
+    def step(self, x, state, t):
         h = torch.relu(self.a(x) + self.c(state.y))
         return State(h, self.b(h))
 
