@@ -83,11 +83,7 @@ class Tap(nn.Module):
 
 # %% ../nbs/40_caps.ipynb #2664753e
 #| code-fold: true
-#| code-summary: "Sums, and the check of a batch"
-def _summed(parts):
-    return tuple(map(sum, zip(*parts)))
-
-
+#| code-summary: "The check of a batch"
 def _checked_labels(model, x, y):
     """The labels as int64; refuses what would give a wrong number, before the model has changed."""
     if y.is_floating_point() or y.dtype == torch.bool or y.shape != x.shape[:1] or not len(y):
@@ -201,16 +197,15 @@ class CAPs(nn.Module):
         parts = [tap(h) for tap, h in zip(self.taps, hs)]
         if self.rule == "local":
             return torch.stack([self.similarity(part) for part in parts]).mean(0)
-        return self.similarity(_summed(parts))
+        return self.similarity([sum(part) for part in zip(*parts)])
 
     def loss(self, x, y):
         """The rule's loss for autograd (Algorithm 1 for "caps"), cut as it says in either mode."""
         y = _checked_labels(self, x, y)
         if self.rule != "local":
             return F.cross_entropy(self(x, cut=True), y)
-        hs = self.activations(x, cut=True)
-        scores = [self.similarity(tap(h)) for tap, h in zip(self.taps, hs)]
-        return torch.stack([F.cross_entropy(score, y) for score in scores]).mean()
+        own = [self.similarity(tap(h)) for tap, h in zip(self.taps, self.activations(x, cut=True))]
+        return torch.stack([F.cross_entropy(scores, y) for scores in own]).mean()
 
     def local_backward(self, x, y, **options):
         """The gradients of `loss`, with the graph of one block at a time; see `local_backward`."""
@@ -274,30 +269,30 @@ def _look(model, x, keep, budget):
     if version is not None and x._version != version:
         raise RuntimeError("the first block writes into its input; build it with inplace=False")
     torch.clear_autocast_cache()  # a weight cast without a graph must not be used for one
-    return [s.requires_grad_() for s in _summed(parts)], moments, graphs
+    return [sum(part).requires_grad_() for part in zip(*parts)], moments, graphs
+
+
+def _differentiate(part, signal, optimizer):
+    """What one block says against what it hears; with an optimizer of its own, its step too."""
+    pairs = [(p, s) for p, s in zip(part, signal) if p.requires_grad and s is not None]
+    if pairs:
+        torch.autograd.backward(*zip(*pairs))
+    if optimizer is not None:
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def _learn(model, x, signal, moments, graphs, optimizers):
     """Phase two: differentiate the graphs that are there, then run the other blocks again."""
-
-    def differentiate(k, part):
-        pairs = [(p, s) for p, s in zip(part, signal) if p.requires_grad and s is not None]
-        if pairs:
-            torch.autograd.backward(*zip(*pairs))
-        if optimizers is not None:
-            optimizers[k].step()
-            optimizers[k].zero_grad()
-
     for k in sorted(graphs, reverse=True):
-        differentiate(k, graphs[k])
-        del graphs[k]
+        _differentiate(graphs.pop(k), signal, optimizers[k])
         moments.pop()
     h, gpus = x, sorted({gpu for moment in moments for gpu in moment.gpus[0]})
     with torch.random.fork_rng(devices=gpus):
         for k, moment in enumerate(moments):
             moment.come_back()
             h = model.blocks[k](h)
-            differentiate(k, model.taps[k](h))
+            _differentiate(model.taps[k](h), signal, optimizers[k])
             h = h.detach()
 
 # %% ../nbs/40_caps.ipynb #12bd9fc6
@@ -309,10 +304,8 @@ def _local(model, x, y, optimizers):
     for k, (block, tap) in enumerate(zip(model.blocks, model.taps)):
         h = block(h.detach() if k else h)
         losses.append(F.cross_entropy(model.similarity(tap(h)), y))
-        (losses[k] / len(model.blocks)).backward()
-        if optimizers is not None:
-            optimizers[k].step()
-            optimizers[k].zero_grad()
+        own = losses[k] / len(model.blocks)
+        _differentiate([own], [torch.ones_like(own)], optimizers[k])
     return torch.stack(losses).mean()
 
 
@@ -328,19 +321,18 @@ def local_backward(
 ) -> torch.Tensor:  # the loss; gradients are added to `.grad` as by `model.loss(x, y).backward()`
     """Algorithm 1 in two phases: look at all blocks, then differentiate one after the other."""
     whole, blocks = model.rule in ("full", "bp"), len(model.blocks)
-    if optimizers is not None and (whole or len(optimizers) != blocks):
-        got = f"{len(optimizers)} and {model.rule!r}"
-        raise ValueError(f"{blocks} optimizers and rule 'caps' or 'local' are needed, got {got}")
     if optimizers is not None:
-        units = [nn.ModuleList(unit) for unit in zip(model.blocks, model.taps)]
-        weights = [p for unit in units for p in unit.parameters()]
+        if whole or len(optimizers) != blocks:
+            got = f"{len(optimizers)} and {model.rule!r}"
+            raise ValueError(f"{blocks} optimizers and rule 'caps' or 'local' needed, got {got}")
+        weights = [p for part in (*model.blocks, *model.taps) for p in part.parameters()]
         if len(set(weights)) < len(weights):
             raise ValueError("two blocks share a weight; use one optimizer for all")
     if whole:
         loss = model.loss(x, y)
         loss.backward()
         return loss.detach()
-    y = _checked_labels(model, x, y)
+    y, optimizers = _checked_labels(model, x, y), optimizers or [None] * blocks
     if model.rule == "local":
         return _local(model, x, y, optimizers).detach()
     both = keep is not None and budget is not None
@@ -375,17 +367,17 @@ def vgg(
     if size < 16:
         raise ValueError(f"four pools need images of at least 16 pixels, got size={size}")
     before, blocks, end = in_channels, [], [nn.Dropout(dropout)] * (dropout > 0)
+    unit = lambda *layers: nn.Sequential(*layers, nn.ReLU(inplace=True), *end)
     hidden = min(1024, round(1024 * multiplier))
     for stage, count in enumerate(STAGES[depth]):
         after = min(1024, round(128 * 2**stage * multiplier))
         for i in range(count):
-            start = [nn.MaxPool2d(2)] * (stage > 0 and i == 0)
-            layers = [nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after)]
-            blocks.append(nn.Sequential(*start, *layers, nn.ReLU(inplace=True), *end))
+            pool = [nn.MaxPool2d(2)] * (stage > 0 and i == 0)
+            conv = nn.Conv2d(before, after, 3, padding=1)
+            blocks.append(unit(*pool, conv, nn.BatchNorm2d(after)))
             before = after
-    start = [nn.MaxPool2d(2), nn.MaxPool2d(2), nn.Flatten()]
-    layers = [nn.Linear(before * (size // 16) ** 2, hidden), nn.BatchNorm1d(hidden)]
-    blocks.append(nn.Sequential(*start, *layers, nn.ReLU(inplace=True), *end))
+    linear = nn.Linear(before * (size // 16) ** 2, hidden), nn.BatchNorm1d(hidden)
+    blocks.append(unit(nn.MaxPool2d(2), nn.MaxPool2d(2), nn.Flatten(), *linear))
     return CAPs(blocks, n_classes, width=[width] * (len(blocks) - 1) + [hidden], **options)
 
 

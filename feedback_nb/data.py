@@ -10,7 +10,6 @@ __all__ = ['FORMAT', 'IMAGENETTE', 'SOURCES', 'SAMPLES_URL', 'SAMPLES', 'SEVERIT
 # %% ../nbs/02_data.ipynb #da76e123
 import argparse
 import csv
-import difflib
 import errno
 import gzip
 import hashlib
@@ -19,15 +18,13 @@ import json
 import os
 import pickle
 import re
-import shutil
 import sys
 import tarfile
 import urllib.request
-import uuid
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -39,15 +36,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .checks import need_equal, need_known, need_number
+from .files import checksum, locked, remove_leftovers, written_whole
+
 # %% ../nbs/02_data.ipynb #2e1cbc64
 def _float(x: Tensor) -> Tensor:
-    "Stored bytes as float32: images 0…255 and sound -32768…32767 go to the unit range, floats stay."
+    """Stored bytes as float32 in the unit range: images 0…255, sound -32768…32767; floats stay."""
     full = {torch.uint8: 255, torch.int16: 32768}.get(x.dtype)
     return x.float() if full is None else x.float() / full
 
 # %% ../nbs/02_data.ipynb #4f84ea58
 def _draw(y: Tensor, n: int, seed: int, stratified: bool = True) -> Tensor:
-    "Indices of `n` examples, in their old order."
+    """Indices of `n` examples, in their old order."""
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
     if not stratified or y.ndim != 1: return order[:n].sort().values
     labels = y.cpu()[order]
@@ -56,27 +56,28 @@ def _draw(y: Tensor, n: int, seed: int, stratified: bool = True) -> Tensor:
     quota = share.floor().long()
     quota[(share - quota).argsort(descending=True, stable=True)[: n - int(quota.sum())]] += 1
     by_class = labels.argsort(stable=True)
-    rank = torch.arange(len(y)) - (counts.cumsum(0) - counts)[labels[by_class]]  # place within its own class
+    # place within its own class
+    rank = torch.arange(len(y)) - (counts.cumsum(0) - counts)[labels[by_class]]
     return order[by_class[rank < quota[labels[by_class]]]].sort().values
 
 # %% ../nbs/02_data.ipynb #d8b7e09d
 class _Parts:
-    "How a data set is divided: needs `.y`, `len` and `._take(indices)`."
+    """How a data set is divided: needs `.y`, `len` and `._take(indices)`."""
     def subset(self,
         n: int,                     # how many examples, 0…len
         seed: int = 0,              # the same seed draws the same examples
         stratified: bool = True,    # each class keeps its share (labels; masks are drawn plainly)
     ):                              # a copy of these examples, in their old order
-        "A random part with `n` examples."
-        if not 0 <= n <= len(self): raise ValueError(f"n must lie in 0…{len(self)}, the size of this set, got {n}")
+        """A random part with `n` examples."""
+        need_number(0, len(self), n=n)
         return self._take(_draw(self.y, n, seed, stratified))
 
     def split_off(self,
         fraction: float,            # share of the second part, strictly between 0 and 1
         seed: int = 0,              # the same seed splits the same way
     ) -> tuple:                     # the rest, and the part
-        "Two disjoint parts in which each class has the same share, for instance for training and validation."
-        if not 0 < fraction < 1: raise ValueError(f"fraction must lie strictly between 0 and 1, got {fraction}")
+        """Two disjoint parts in which each class has the same share."""
+        need_number(0, 1, strict=True, fraction=fraction)
         part = torch.zeros(len(self), dtype=torch.bool)
         part[_draw(self.y, round(fraction * len(self)), seed)] = True
         return tuple(self._take(mask.nonzero()[:, 0]) for mask in (~part, part))
@@ -84,7 +85,7 @@ class _Parts:
 # %% ../nbs/02_data.ipynb #86df6e85
 @dataclass(eq=False, repr=False)
 class TensorData(_Parts, torch.utils.data.Dataset):
-    "A data set as two tensors on one device: examples `x` and their labels or masks `y`."
+    """A data set as two tensors on one device: examples `x` and their labels or masks `y`."""
     x: Tensor                       # (N, C, H, W) uint8 images; sound int16, spectrograms float
     y: Tensor                       # (N,) int64 labels, or (N, H, W) int64 masks
     classes: Sequence[str] = ()     # names of class 0, 1, …
@@ -93,36 +94,38 @@ class TensorData(_Parts, torch.utils.data.Dataset):
 
     def __post_init__(self):
         self.classes = tuple(self.classes)
-        if len(self.x) != len(self.y):
-            raise ValueError(f"x has {len(self.x)} examples and y has {len(self.y)}: give one label (or mask) per example")
+        need_equal(len(self.y), len(self.x), "labels or masks y")
         if self.y.dtype != torch.int64:
-            raise TypeError(f"y must be int64 class numbers, got {self.y.dtype}: convert it with y.long()")
-        if self.classes and self.y.numel() and not 0 <= int(self.y.min()) <= int(self.y.max()) < len(self.classes):
-            raise ValueError(f"y runs from {int(self.y.min())} to {int(self.y.max())}, but there are names for classes 0…{len(self.classes) - 1}")
+            raise TypeError(f"y must be int64 class numbers, got {self.y.dtype}: use y.long()")
+        if self.classes and self.y.numel():
+            ends = {"the smallest y": self.y.min(), "the largest y": self.y.max()}
+            need_number(0, len(self.classes) - 1, **ends)
 
     def __len__(self): return len(self.x)
     def __getitem__(self, i): return _float(self.x[i]), self.y[i]
 
-    def __getitems__(self, indices):  # a DataLoader calls this, where it is there, for a whole batch
+    def __getitems__(self, indices):  # a DataLoader calls this for a whole batch
         i = torch.as_tensor(indices, device=self.x.device)
         return _float(self.x[i]), self.y[i]
 
     @staticmethod
     def collate(batch): return batch  # for DataLoader(collate_fn=…): the batch is one already
 
-    def _take(self, i): return replace(self, x=self.x[i.to(self.x.device)], y=self.y[i.to(self.y.device)])
+    def _take(self, i):
+        return replace(self, x=self.x[i.to(self.x.device)], y=self.y[i.to(self.y.device)])
 
     def to(self, device: str | torch.device) -> "TensorData":
-        "The same data with both tensors on `device`."
+        """The same data with both tensors on `device`."""
         return replace(self, x=self.x.to(device), y=self.y.to(device))
 
     def __repr__(self):
         what = " ".join(filter(None, [self.name, self.split])) or "TensorData"
-        return f"{what}: {len(self):,} x {tuple(self.x.shape[1:])} {str(self.x.dtype).removeprefix('torch.')}, {len(self.classes)} classes"
+        kind = f"{tuple(self.x.shape[1:])} {str(self.x.dtype).removeprefix('torch.')}"
+        return f"{what}: {len(self):,} x {kind}, {len(self.classes)} classes"
 
 # %% ../nbs/02_data.ipynb #e337a937
 def cache_folder() -> Path:  # not created by asking
-    "The folder for downloads and decoded tensors: FEEDBACK_NB_CACHE, or else this user's cache folder."
+    """Where downloads and decoded tensors go: FEEDBACK_NB_CACHE, or this user's cache folder."""
     if own := os.environ.get("FEEDBACK_NB_CACHE"): return Path(own).expanduser()
     if sys.platform == "win32": base = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
     elif sys.platform == "darwin": base = "~/Library/Caches"
@@ -131,45 +134,31 @@ def cache_folder() -> Path:  # not created by asking
 
 
 def _root(root: str | Path | None) -> Path | None:
-    "The data root that was asked for; None: there is only the cache folder."
+    """The data root that was asked for; None: there is only the cache folder."""
     who = "root="
     if root is None: who, root = "FEEDBACK_NB_DATA", os.environ.get("FEEDBACK_NB_DATA") or None
     if root is None or Path(root).expanduser().is_dir(): return root and Path(root).expanduser()
-    raise FileNotFoundError(f"{who} names the data folder {str(root)!r}, which does not exist: correct it, create it, "
-        f"or leave it out and downloads go to {str(cache_folder())!r}")
+    raise FileNotFoundError(f"{who} names the data folder {str(root)!r}, which does not exist: "
+                            "correct it, create it, or leave it out")
 
 # %% ../nbs/02_data.ipynb #2161d4e6
 @contextmanager
-def _aside(path: Path) -> Iterator[Path]:
-    "Where to write `path`: it gets its name when the block ends well, and is removed when it does not."
-    folder = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.tmp")
-    folder.mkdir(parents=True)
-    try:
-        yield folder / path.name
-        (folder / path.name).chmod(folder.stat().st_mode & 0o666)  # as the user's umask has it: caches may be shared
-        os.replace(folder / path.name, path)
-    finally: shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    "One process at a time makes `path`; what killed ones left aside is removed. A folder that refuses locks needs none."
-    from filelock import FileLock
-    lock = None
-    with suppress(OSError, NotImplementedError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if os.access(path.parent, os.W_OK): (lock := FileLock(f"{path}.lock")).acquire()
-        for left in path.parent.glob(f"{path.name}.*.tmp"): shutil.rmtree(left, ignore_errors=True)
-    try: yield
-    finally:
-        if lock is not None: lock.release()
+    """One process at a time makes `path`, where its folder can be written and has locks."""
+    with ExitStack() as stack:
+        with suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if os.access(path.parent, os.W_OK): stack.enter_context(locked(Path(f"{path}.lock")))
+            remove_leftovers(path)
+        yield
 
 # %% ../nbs/02_data.ipynb #4a6ef67c
-FORMAT = 1  # stands in every cache file; raised when decoding changes, so that old files are made anew
+FORMAT = 1  # of the cache files; a change of decoding raises it, and old files are made anew
 
 
 def _digest(tensors: dict[str, Tensor], meta: dict[str, str]) -> str:
-    h = hashlib.sha256(json.dumps(sorted((k, v) for k, v in meta.items() if k != "sha256")).encode())
+    about = sorted((k, v) for k, v in meta.items() if k != "sha256")
+    h = hashlib.sha256(json.dumps(about).encode())
     for name, t in sorted(tensors.items()):
         h.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
         h.update(memoryview(t.contiguous().reshape(-1).view(torch.uint8).numpy()))
@@ -177,7 +166,7 @@ def _digest(tensors: dict[str, Tensor], meta: dict[str, str]) -> str:
 
 
 def _recall(path: Path, meta: dict[str, str]) -> tuple[dict, dict] | None:
-    "Tensors and metadata of the cache file; None when there is none for this `meta`. Damage is told, and counts as none."
+    """Tensors and metadata of the cache file, None without one for `meta`; warns of damage."""
     from safetensors import SafetensorError, safe_open
     try:
         with safe_open(path, "pt") as f:
@@ -188,12 +177,12 @@ def _recall(path: Path, meta: dict[str, str]) -> tuple[dict, dict] | None:
         why = "its checksum does not fit"
     except FileNotFoundError: return None
     except (SafetensorError, OSError, ValueError) as e: why = str(e)
-    warnings.warn(f"the cache file {str(path)!r} is damaged ({why}); it is made again from its source", stacklevel=4)
+    warnings.warn(f"the cache file {str(path)!r} is damaged ({why}) and made again", stacklevel=4)
     return None
 
 # %% ../nbs/02_data.ipynb #a6513b17
 def _cached(path: Path, meta: dict[str, str], make: Callable) -> tuple[dict, dict]:
-    "Tensors and metadata as `make()` returns them, from the file `path` where that holds just these."
+    """Tensors and metadata as `make()` returns them, from the file `path` where it holds these."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
     with _alone(path):
@@ -201,23 +190,24 @@ def _cached(path: Path, meta: dict[str, str], make: Callable) -> tuple[dict, dic
         tensors, more = make()
         meta = meta | more
         try:
-            with _aside(path) as file: save_file(tensors, file, metadata=meta | {"sha256": _digest(tensors, meta)})
+            with written_whole(path) as file:
+                save_file(tensors, file, metadata=meta | {"sha256": _digest(tensors, meta)})
         except (OSError, SafetensorError) as e:
-            warnings.warn(f"could not keep decoded data in {str(path)!r} ({e}), the next load decodes again: "
-                "make room there, or set FEEDBACK_NB_CACHE to a folder that can be written", stacklevel=3)
+            warnings.warn(f"could not keep decoded data in {str(path)!r} ({e}): make room, "
+                          "or set FEEDBACK_NB_CACHE to a folder that can be written", stacklevel=3)
         return tensors, meta
 
 # %% ../nbs/02_data.ipynb #4c1bd09a
+def _refuse(what: object, why: str, remedy: str = "remove it and get it again"):
+    """A RuntimeError for a file, or a part of one, that is not what it should be."""
+    raise RuntimeError(f"{str(what)!r} {why}: {remedy}") from None
+
+
 def _check(path: Path, digest: str | None) -> None:
-    "Refuse a file whose published checksum ('md5:…' or 'sha256:…') differs; None: none is known."
-    if digest is None: return
-    kind, wanted = digest.split(":")
-    h = hashlib.new(kind, usedforsecurity=False)
-    with open(path, "rb") as f:
-        while block := f.read(1 << 20): h.update(block)
-    if h.hexdigest() != wanted:
-        raise RuntimeError(f"{str(path)!r} is damaged or is not the original: its {kind} is {h.hexdigest()}, not {wanted}; "
-            "remove it and get it again")
+    """Refuse a file whose published checksum ('md5:…', 'sha256:…') differs; None: none is known."""
+    kind, _, wanted = (digest or "").partition(":")
+    if digest and (found := checksum(path, kind)) != wanted:
+        _refuse(path, f"is damaged (its {kind} is {found}, not {wanted})")
 
 
 def _stream(url: str, path: Path) -> None:
@@ -225,30 +215,34 @@ def _stream(url: str, path: Path) -> None:
     request = urllib.request.Request(url, headers={"User-Agent": "feedback_nb"})
     with urllib.request.urlopen(request, timeout=30) as page, open(path, "wb") as out:
         size = int(page.headers.get("Content-Length") or 0)
-        with tqdm(total=size, unit="B", unit_scale=True, desc=path.name, disable=size < 1 << 22) as bar:
+        with tqdm(total=size, unit="B", unit_scale=True, desc=path.name,
+                  disable=size < 1 << 22) as bar:
             while block := page.read(1 << 18): bar.update(out.write(block))
 
 
 def _download(urls: Sequence[str], path: Path, digest: str) -> None:
-    "Fetch `path` from the first of `urls` that answers."
+    """Fetch `path` from the first of `urls` that answers."""
     failed = []
     for url in urls:
         try:
-            with _aside(path) as file:
+            with written_whole(path) as file:
                 _stream(url, file)
                 _check(file, digest)
             return
         except (OSError, HTTPException) as e:
-            if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):  # the disk, not the net
+            disk = errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS
+            if getattr(e, "errno", None) in disk:
+                why = f"could not write the download ({e.strerror})"
                 remedy = "make room, or set FEEDBACK_NB_CACHE to another folder"
-                raise OSError(e.errno, f"could not write the download ({e.strerror}): {remedy}", str(path)) from None
+                raise OSError(e.errno, f"{why}: {remedy}", str(path)) from None
             failed.append(f"{url}: {e}")
-        except RuntimeError as e: failed.append(f"{url}: damaged, {str(e).split(': ')[-1].split(';')[0]}")
+        except RuntimeError as e:
+            failed.append(f"{url}: damaged, {str(e).rpartition(' (')[2].partition(')')[0]}")
     raise ConnectionError(f"could not download {path.name} ({'; '.join(failed)})")
 
 # %% ../nbs/02_data.ipynb #84b583b1
 def _members(path: Path, check: Callable[[Path], None]) -> Iterator[tuple[str, bytes]]:
-    "Name and bytes of each file in a folder or a tar archive, after `check`."
+    """Name and bytes of each file in a folder or a tar archive, after `check`."""
     if path.is_dir():
         for file in sorted(p for p in path.rglob("*") if p.is_file()):
             check(file)
@@ -259,16 +253,14 @@ def _members(path: Path, check: Callable[[Path], None]) -> Iterator[tuple[str, b
         with tarfile.open(path) as tar:
             for member in tar:
                 if member.name.startswith("/") or ".." in member.name.split("/"):
-                    raise RuntimeError(f"{str(path)!r} holds {member.name!r}, which points out of the archive: "
-                        "do not use it, get it again from its source")
+                    _refuse(path, f"holds {member.name!r}, which points out of the archive")
                 if member.isreg(): yield member.name, tar.extractfile(member).read()
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as e:
-        why = str(e).splitlines()[0].rstrip(":")
-        raise RuntimeError(f"the archive {str(path)!r} is damaged ({why}): remove it and get it again") from e
+        _refuse(path, f"is a damaged archive ({str(e).splitlines()[0].rstrip(':')})")
 
 
 def _in_threads(f: Callable, items: Iterator, many: int = 256) -> list:
-    "`[f(i) for i in items]`, `many` items a task: one task per small image costs more than the image."
+    """`[f(i) for i in items]`, `many` at a time: a task for each small image costs more than it."""
     from concurrent.futures import ThreadPoolExecutor
     workers, out = min(8, os.cpu_count() or 1), []
     with ThreadPoolExecutor(workers) as pool:
@@ -279,7 +271,7 @@ def _in_threads(f: Callable, items: Iterator, many: int = 256) -> list:
 
 # %% ../nbs/02_data.ipynb #189884d6
 def _square(image: Tensor, size: int | None, mask: bool = False) -> Tensor:
-    "The middle square of (…, H, W) uint8 images at `size` x `size` pixels; None leaves them."
+    """The middle square of (…, H, W) uint8 images at `size` x `size` pixels; None leaves them."""
     if size is None or tuple(image.shape[-2:]) == (size, size): return image
     from torchvision.transforms.v2 import functional as tv
     image = tv.center_crop(image, [min(image.shape[-2:])] * 2)
@@ -287,13 +279,16 @@ def _square(image: Tensor, size: int | None, mask: bool = False) -> Tensor:
     return tv.resize(image, [size, size], interpolation=how, antialias=not mask)
 
 
+_AGAIN = "remove its file or archive and get it again"
+
+
 def _picture(item: tuple[str, bytes], size: int | None, mode: str = "RGB") -> tuple[str, Tensor]:
-    "(name, bytes of a JPEG or PNG) -> (name, uint8 image (C, H, W))."
+    """(name, bytes of a JPEG or PNG) -> (name, uint8 image (C, H, W))."""
     from torchvision.io import decode_image
     name, data = item
     try: image = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=mode)
     except (RuntimeError, ValueError) as e:
-        raise RuntimeError(f"the image {name!r} is damaged ({str(e).splitlines()[0]}): remove its file or archive and get it again") from None
+        _refuse(name, f"is a damaged image ({str(e).splitlines()[0]})", _AGAIN)
     return name, _square(image, size, mask=mode == "GRAY")
 
 
@@ -301,27 +296,28 @@ def _stack(pictures: Sequence[tuple[str, Tensor]]) -> Tensor:
     shapes = {tuple(p.shape[1:]): name for name, p in pictures}
     if len(shapes) > 1:
         some = dict(islice(shapes.items(), 2))
-        raise ValueError(f"these images have {len(shapes)} sizes, for instance {some}: give load(…, size=…), the side in pixels")
+        raise ValueError(f"images of {len(shapes)} sizes ({some}, …): give load(…, size=pixels)")
     return torch.stack([p for _, p in pictures])
 
 # %% ../nbs/02_data.ipynb #de936d72
 def _read_idx(paths, split, size, check, *, family):
-    "MNIST and its heirs: images first, then labels."
+    """MNIST and its heirs: images first, then labels."""
     import torchvision
     def idx(path):
         check(path)
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        shape = [int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(raw[3] if len(raw) > 3 else 0)]
-        if raw[:3] != b"\0\0\x08" or len(raw) - 4 - 4 * len(shape) != torch.Size(shape).numel():
-            raise RuntimeError(f"{str(path)!r} is not a whole idx file of bytes ({len(raw)} bytes, shape {shape}): remove it and get it again")
-        return torch.frombuffer(bytearray(raw), dtype=torch.uint8, offset=4 + 4 * len(shape)).reshape(shape)
+        start = 4 + 4 * (raw[3] if len(raw) > 3 else 0)
+        shape = [int.from_bytes(raw[i : i + 4], "big") for i in range(4, start, 4)]
+        if raw[:3] != b"\0\0\x08" or len(raw) - start != torch.Size(shape).numel():
+            _refuse(path, f"is not a whole idx file of bytes ({len(raw)} bytes, shape {shape})")
+        return torch.frombuffer(bytearray(raw), dtype=torch.uint8, offset=start).reshape(shape)
     x, y = map(idx, paths)
     names = [re.sub(r"^\d - ", "", c) for c in getattr(torchvision.datasets, family).classes]
     return _square(x[:, None], size), y, names
 
 # %% ../nbs/02_data.ipynb #dd8aecf4
 def _read_cifar(paths, split, size, check, *, family):
-    "CIFAR-10 and CIFAR-100, from the archive or its folder."
+    """CIFAR-10 and CIFAR-100, from the archive or its folder."""
     import numpy as np
     import torchvision
     cls = getattr(torchvision.datasets, family)
@@ -330,40 +326,48 @@ def _read_cifar(paths, split, size, check, *, family):
     for name, data in _members(paths[0], check):
         if (file := name.split("/")[-1]) not in wanted: continue
         if (got := hashlib.md5(data, usedforsecurity=False).hexdigest()) != wanted[file]:
-            raise RuntimeError(f"{file!r} in {str(paths[0])!r} is damaged: its md5 is {got}, not {wanted[file]}; remove it and get it again")
+            _refuse(paths[0], f"holds a damaged {file} (its md5 is {got}, not {wanted[file]})")
         found[file] = pickle.loads(data, encoding="latin1")
     if missing := sorted(wanted.keys() - found.keys()):
-        raise RuntimeError(f"{str(paths[0])!r} lacks {', '.join(missing)}: remove it and get it again")
-    x = torch.from_numpy(np.concatenate([found[b]["data"] for b in batches])).reshape(-1, 3, 32, 32)
-    y = torch.tensor([label for b in batches for label in found[b].get("labels", found[b].get("fine_labels"))], dtype=torch.uint8)
-    return _square(x, size), y, found[cls.meta["filename"]][cls.meta["key"]]
+        _refuse(paths[0], f"lacks {', '.join(missing)}")
+    parts = [found[b] for b in batches]
+    x = torch.from_numpy(np.concatenate([p["data"] for p in parts])).reshape(-1, 3, 32, 32)
+    y = [label for p in parts for label in p.get("labels", p.get("fine_labels"))]
+    names = found[cls.meta["filename"]][cls.meta["key"]]
+    return _square(x, size), torch.tensor(y, dtype=torch.uint8), names
 
 # %% ../nbs/02_data.ipynb #7fce3650
-IMAGENETTE = dict(zip("n01440764 n02102040 n02979186 n03000684 n03028079 n03394916 n03417042 n03425413 n03445777 n03888257".split(), (
-    "tench", "English springer", "cassette player", "chain saw", "church", "French horn", "garbage truck", "gas pump", "golf ball", "parachute")))
+IMAGENETTE = {"n01440764": "tench", "n02102040": "English springer", "n02979186": "cassette player",
+              "n03000684": "chain saw", "n03028079": "church", "n03394916": "French horn",
+              "n03417042": "garbage truck", "n03425413": "gas pump", "n03445777": "golf ball",
+              "n03888257": "parachute"}
 
 
 def _part(path: Path, split: str, check: Callable, depth: int) -> Iterator[tuple[str, bytes]]:
-    "The images of `split`, which stands `depth` folders above them; a folder is the split already."
+    """The images of `split`, a folder `depth` above them; where `path` is a folder, all."""
     whole = path.is_dir()
     for name, data in _members(path, check):
-        if name.lower().endswith((".jpg", ".jpeg", ".png")) and (whole or name.split("/")[-1 - depth : -depth] == [split]):
-            yield name, data
+        mine = whole or name.split("/")[-1 - depth : -depth] == [split]
+        if mine and name.lower().endswith((".jpg", ".jpeg", ".png")): yield name, data
 
 
 def _read_photos(paths, split, size, check):
     pictures = _in_threads(partial(_picture, size=size), _part(paths[0], split, check, depth=2))
-    if not pictures: raise RuntimeError(f"{str(paths[0])!r} holds no images of the split {split!r}: remove it and get it again")
+    if not pictures: _refuse(paths[0], f"holds no images of the split {split!r}")
     pictures.sort(key=lambda p: p[0].split("/")[-2:])
     folders = [name.split("/")[-2] for name, _ in pictures]
     number = {folder: i for i, folder in enumerate(sorted(set(folders)))}
-    english, table = IMAGENETTE, next((t for t in (paths[0] / "classes.csv", paths[0].parent / "classes.csv") if t.is_file()), None)
-    if table: english = {row["wnid"]: row["name"] for row in csv.DictReader(table.read_text(encoding="utf-8").splitlines())}
-    return _stack(pictures), torch.tensor([number[f] for f in folders], dtype=torch.int16), [english.get(f, f) for f in number]
+    english = IMAGENETTE
+    for table in (paths[0].parent / "classes.csv", paths[0] / "classes.csv"):
+        if table.is_file():
+            rows = csv.DictReader(table.read_text(encoding="utf-8").splitlines())
+            english = {row["wnid"]: row["name"] for row in rows}
+    y = torch.tensor([number[f] for f in folders], dtype=torch.int16)
+    return _stack(pictures), y, [english.get(f, f) for f in number]
 
 # %% ../nbs/02_data.ipynb #090a909a
 def _read_pairs(paths, split, size, check):
-    "PNG files of the same name under images/ and masks/; class 1 where the mask is bright."
+    """PNG files of the same name under images/ and masks/; class 1 where the mask is bright."""
     kinds = {"images": [], "masks": []}
     for name, data in _part(paths[0], split, check, depth=2):
         *_, kind, file = name.split("/")
@@ -371,8 +375,8 @@ def _read_pairs(paths, split, size, check):
     images, masks = (sorted(k) for k in kinds.values())
     odd = sorted({n for n, _ in images} ^ {n for n, _ in masks})
     if odd or not images:
-        raise RuntimeError(f"{str(paths[0])!r} has {len(images)} images and {len(masks)} masks, "
-            f"without a partner: {', '.join(odd[:3]) or 'none'}; get it again")
+        alone = ", ".join(odd[:3]) or "none"
+        _refuse(paths[0], f"has {len(images)} images and {len(masks)} masks (one alone: {alone})")
     x = _stack(_in_threads(partial(_picture, size=size), iter(images)))
     y = _stack(_in_threads(partial(_picture, size=size, mode="GRAY"), iter(masks)))[:, 0] > 127
     return x, y.to(torch.uint8), ["background", "nucleus"]
@@ -380,20 +384,21 @@ def _read_pairs(paths, split, size, check):
 # %% ../nbs/02_data.ipynb #511a1e9e
 @dataclass(frozen=True)
 class Source:
-    "Where a set comes from, how its files are found and how they are read."
+    """Where a set comes from, how its files are found and how they are read."""
     about: str
     licence: str
     origin: str
-    read: Callable                              # (paths, split, size, check, **options) -> x, y, names of the classes
-    layouts: tuple = ()                         # each a tuple of paths under a root that must all be there; () needs no file
-    splits: dict = field(default_factory=lambda: {"train": "train", "test": "test"})    # our name -> the name in the files
+    read: Callable  # (paths, split, size, check, **options) -> x, y, names of the classes
+    layouts: tuple = ()  # tuples of paths under a root that must all be there; () needs no file
+    # our name -> the name in the files
+    splits: dict = field(default_factory=lambda: {"train": "train", "test": "test"})
     fetch: Callable | None = None               # (split, size) -> [(addresses, path, checksum)]
     megabytes: float = 0                        # to download
     size: int | None = None                     # side that `load` takes by default; None: as stored
     options: dict = field(default_factory=dict)
     embedded: bool = False                      # stands in nbs/samples of the repository
     keep: bool = True                           # decoded tensors go to the cache
-    lazy: bool = False                          # too large for memory: `read` returns a data set that decodes when asked
+    lazy: bool = False  # too large for memory: `read` returns a data set that decodes when asked
     advice: str = ""                            # how to get it when it cannot be downloaded
 
 
@@ -401,32 +406,34 @@ SOURCES: dict[str, Source] = {}
 
 
 def names() -> list[str]:
-    "The names that `load` knows."
+    """The names that `load` knows."""
     return list(SOURCES)
 
 # %% ../nbs/02_data.ipynb #4e1cca0d
 def _key(name: str) -> str:
     plain = lambda text: re.sub(r"[^a-z0-9]", "", str(text).lower())
     known = {"kmnist": "kuzushiji-mnist"} | {plain(k): k for k in SOURCES}
-    if plain(name) in known: return known[plain(name)]
-    close = dict.fromkeys(known[k] for k in difflib.get_close_matches(plain(name), known, 3, 0.5))
-    raise ValueError(f"unknown data set {name!r}{', did you mean ' + ' or '.join(close) if close else ''}? Known: {', '.join(SOURCES)}")
+    key = known.get(plain(name), name)
+    need_known(key, SOURCES, "data set")
+    return key
 
 
 def _split(key: str, split: str) -> str:
     same = {"val": "valid", "validation": "valid", "training": "train", "testing": "test"}
     if (split := same.get(split, split)) in SOURCES[key].splits: return split
-    advice = f"load({key!r}, {next(iter(SOURCES[key].splits))!r})"
-    if split == "valid": advice = f"rest, part = load({key!r}).split_off(0.1) takes a validation set off the training set"
-    raise ValueError(f"{key} has no split {split!r}, only {', '.join(SOURCES[key].splits)}: {advice}")
+    there = list(SOURCES[key].splits)
+    advice = f"load({key!r}).split_off(0.1)" if split == "valid" else f"load({key!r}, {there[0]!r})"
+    raise ValueError(f"{key} has no split {split!r}, only {', '.join(there)}: try {advice}")
 
 # %% ../nbs/02_data.ipynb #69be9843
-def _locate(key: str, split: str, size: int | None, root: Path | None) -> tuple[Path | None, list[Path], list[Path]]:
-    "The place that has the set, its files there, and all places looked at."
+def _locate(key: str, split: str, size: int | None,
+            root: Path | None) -> tuple[Path | None, list[Path], list[Path]]:
+    """The place that has the set, its files there, and all places looked at."""
     source, places = SOURCES[key], [root] if root else []
     if source.embedded:
-        here = globals().get("__file__")  # a notebook has none
-        places += ([Path(here).resolve().parents[1] / "nbs"] if here else []) + [Path.cwd(), Path.cwd() / "nbs"]
+        if here := globals().get("__file__"):  # a notebook has none
+            places.append(Path(here).resolve().parents[1] / "nbs")
+        places += [Path.cwd(), Path.cwd() / "nbs"]
     places.append(cache_folder() / "downloads")
     for place in places:
         for layout in source.layouts:
@@ -438,40 +445,51 @@ def _locate(key: str, split: str, size: int | None, root: Path | None) -> tuple[
 _NAME = "let root= or FEEDBACK_NB_DATA name a folder"
 
 
-def _px(size: int | None) -> str: return "-160" if (size or 160) <= 160 else "-320" if size <= 320 else ""  # Imagenette comes in three sizes
+def _px(size: int | None) -> str:
+    # Imagenette comes in three sizes
+    return "-160" if (size or 160) <= 160 else "-320" if size <= 320 else ""
 
 
-def _get(key: str, split: str, size: int | None, root: Path | None, download: bool) -> tuple[Path, list[Path]]:
-    "The place that has the set and its files there, after downloading if need be."
+def _get(key: str, split: str, size: int | None, root: Path | None,
+         download: bool) -> tuple[Path, list[Path]]:
+    """The place that has the set and its files there, after downloading if need be."""
     source, (place, paths, places) = SOURCES[key], _locate(key, split, size, root)
     if place: return place, paths
-    files = " or ".join(layout[0].format(split=source.splits[split], px=_px(size)) for layout in source.layouts)
-    lost = f"{key} ({split}) was not found: no {files} in {', '.join(dict.fromkeys(repr(str(p)) for p in places))}"
+    part, where = source.splits[split], ", ".join(dict.fromkeys(repr(str(p)) for p in places))
+    files = " or ".join(layout[0].format(split=part, px=_px(size)) for layout in source.layouts)
+    lost = f"{key} ({split}) was not found: no {files} in {where}"
     if key == "cifar10" and _locate("cifar10-jpeg", split, None, root)[0]:
         lost += "; load('cifar10-jpeg') has re-encoded pixels, which are not the same data"
-    if not source.fetch: raise FileNotFoundError(f"{lost}. It cannot be downloaded: {source.advice}")
-    if not download:
-        raise FileNotFoundError(f"{lost}. load({key!r}, download=True) gets it ({source.megabytes:g} MB), or {_NAME} that has it")
-    for urls, name, digest in source.fetch(source.splits[split], size):
+    if not (source.fetch and download):
+        remedy = f"It cannot be downloaded: {source.advice}"
+        if source.fetch:
+            get = f"load({key!r}, download=True) gets it ({source.megabytes:g} MB)"
+            remedy = f"{get}, or {_NAME} that has it"
+        raise FileNotFoundError(f"{lost}. {remedy}")
+    for urls, name, digest in source.fetch(part, size):
         file = places[-1] / name
         with _alone(file):
             if file.exists(): continue
             try: _download(urls, file, digest)
-            except ConnectionError as e: raise ConnectionError(f"{lost}, and {e}. Put it there by hand, or {_NAME} that has it") from None
+            except ConnectionError as e:
+                remedy = f"Put it there by hand, or {_NAME} that has it"
+                raise ConnectionError(f"{lost}, and {e}. {remedy}") from None
     return _locate(key, split, size, root)[:2]
 
 # %% ../nbs/02_data.ipynb #ef4658c4
 def _checker(source: Source, split: str, size: int | None, place: Path) -> Callable[[Path], None]:
-    "A function that raises when a file under `place` is not what its publisher says."
-    known = {place / name: digest for _, name, digest in (source.fetch(split, size) if source.fetch else [])}
+    """A function that raises when a file under `place` is not what its publisher says."""
+    published = source.fetch(split, size) if source.fetch else []
+    known = {place / name: digest for _, name, digest in published}
     if (table := place / "SHA256SUMS").is_file():
-        lines = (line.partition("  ") for line in table.read_text(encoding="utf-8").splitlines() if "  " in line)
-        known = {place / name: f"sha256:{digest}" for digest, _, name in lines} | known
+        lines = table.read_text(encoding="utf-8").splitlines()
+        sums = [line.partition("  ") for line in lines if "  " in line]
+        known = {place / name: f"sha256:{digest}" for digest, _, name in sums} | known
     return lambda path: _check(path, known.get(path))
 
 
 def _fingerprint(paths: Sequence[Path]) -> str:
-    "Changes when a source file does: names, sizes and times of all of them."
+    """Changes when a source file does: names, sizes and times of all of them."""
     h = hashlib.sha256()
     for path in paths:
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
@@ -482,50 +500,59 @@ def _fingerprint(paths: Sequence[Path]) -> str:
 def load(
     name: str,                          # one of names(); capitals, "-" and "_" do not matter
     split: str = "train",               # train, test and, where the set has one, valid
-    root: str | Path | None = None,     # data folder, only read; default FEEDBACK_NB_DATA, then the cache folder
+    root: str | Path | None = None,     # data folder, only read; default FEEDBACK_NB_DATA
     size: int | None = None,            # side of the images in pixels; default: as they are stored
     download: bool = True,              # get what is missing, into the cache folder
-    **options,                          # what only this set takes, such as n= and seed= for polygons
+    **options,  # what only this set takes, such as n= and seed= for polygons
 ) -> TensorData:                        # x (N, C, H, W) uint8, y int64; for imagenet a PhotoFolder
-    "One split of a data set as one tensor, decoded once and kept in the cache folder."
+    """One split of a data set as one tensor, decoded once and kept in the cache folder."""
     key, root = _key(name), _root(root)
     split, source = _split(key, split), SOURCES[key]
     size = source.size if size is None else size
-    if size is not None and (type(size) is not int or size < 1): raise ValueError(f"size is the side in pixels, a whole number from 1, got {size!r}")
-    if extra := sorted(options.keys() - source.options.keys()):
-        raise TypeError(f"{key} takes no option {', '.join(extra)}; it takes {', '.join(source.options) or 'none'}")
+    if size is not None:
+        need_number(1, whole=True, size=size)
+        size = int(size)
+    if extra := ", ".join(sorted(options.keys() - source.options.keys())):
+        known = ", ".join(source.options) or "none"
+        raise TypeError(f"{key} takes no option {extra}; it takes {known}")
     options, there = source.options | options, source.splits[split]
     place, paths = _get(key, split, size, root, download) if source.layouts else (None, [])
     if source.lazy: return source.read(paths, split, size, key, **options)
     def make():
-        x, y, classes = source.read(paths, there, size, _checker(source, there, size, place) if place else None, **options)
+        check = _checker(source, there, size, place) if place else None
+        x, y, classes = source.read(paths, there, size, check, **options)
         return {"x": x.contiguous(), "y": y}, {"classes": json.dumps([str(c) for c in classes])}
     if not source.keep: tensors, meta = make()
     else:
         asked = json.dumps([key, there, size, options, str(place.resolve())], sort_keys=True)
-        file = cache_folder() / "decoded" / f"{key}-{there}-{hashlib.sha256(asked.encode()).hexdigest()[:10]}.safetensors"
+        code = hashlib.sha256(asked.encode()).hexdigest()[:10]
+        file = cache_folder() / "decoded" / f"{key}-{there}-{code}.safetensors"
         tensors, meta = _cached(file, {"format": str(FORMAT), "source": _fingerprint(paths)}, make)
     return TensorData(tensors["x"], tensors["y"].long(), json.loads(meta["classes"]), key, split)
 
 # %% ../nbs/02_data.ipynb #23f4ecc4
 SAMPLES_URL = "https://raw.githubusercontent.com/feedback-nb/feedback_nb/main/nbs/samples/"
 SAMPLES = {  # sha256, as scripts/make_samples.py printed them
-    "fashion-mnist-sample.safetensors": "2fbb2ae817da4863627e19abe6b5094ac8aca59bfffecc48821841c25d231863",
+    "fashion-mnist-sample.safetensors":
+        "2fbb2ae817da4863627e19abe6b5094ac8aca59bfffecc48821841c25d231863",
     "nuclei-sample.tar": "76a40ec75bd864e28176d134717c454cd95bc14d34cc6287b6d2fab57fe8655f",
     "spoken-digits-sample.tar": "ca7c87d09d0df2079d143f706caad54fa872c3d7c98f9cb354d6c38dcff245b3",
 }
 
 
 def _sample(file: str, about: str, licence: str, origin: str, read: Callable, **more) -> Source:
-    fetch = lambda split, size: [([SAMPLES_URL + file], f"samples/{file}", f"sha256:{SAMPLES[file]}")]
-    return Source(about, licence, origin, read, ((f"samples/{file}",),), fetch=fetch, megabytes=2, embedded=True, keep=False, **more)
+    def fetch(split, size):
+        return [([SAMPLES_URL + file], f"samples/{file}", f"sha256:{SAMPLES[file]}")]
+    return Source(about, licence, origin, read, ((f"samples/{file}",),), fetch=fetch, megabytes=2,
+                  embedded=True, keep=False, **more)
 
 
 def _read_digits(paths, split, size, check):
     from sklearn.datasets import load_digits
     d = load_digits()  # values 0…16
     x = torch.from_numpy(d.images).mul(255 / 16).round().to(torch.uint8)[:, None]
-    part = TensorData(_square(x, size), torch.from_numpy(d.target).long()).split_off(0.2)[split == "test"]
+    whole = TensorData(_square(x, size), torch.from_numpy(d.target).long())
+    part = whole.split_off(0.2)[split == "test"]
     return part.x, part.y, d.target_names
 
 
@@ -533,12 +560,15 @@ def _read_sample(paths, split, size, check):
     from safetensors import safe_open
     check(paths[0])
     with safe_open(paths[0], "pt") as f:
-        return _square(f.get_tensor(f"{split}_x"), size), f.get_tensor(f"{split}_y"), f.metadata()["classes"].split("\n")
+        x, y = (f.get_tensor(f"{split}_{k}") for k in "xy")
+        return _square(x, size), y, f.metadata()["classes"].split("\n")
 
 
 SOURCES |= {
-    "digits": Source("1,797 scanned digits, 8x8 grey", "CC BY 4.0", "Alpaydin & Kaynak 1998, in scikit-learn", _read_digits, keep=False),
-    "fashion-mnist-sample": _sample("fashion-mnist-sample.safetensors", "2,000 + 500 of Fashion-MNIST", "MIT", "Xiao et al. 2017", _read_sample),
+    "digits": Source("1,797 scanned digits, 8x8 grey", "CC BY 4.0",
+        "Alpaydin & Kaynak 1998, in scikit-learn", _read_digits, keep=False),
+    "fashion-mnist-sample": _sample("fashion-mnist-sample.safetensors",
+        "2,000 + 500 of Fashion-MNIST", "MIT", "Xiao et al. 2017", _read_sample),
 }
 
 # %% ../nbs/02_data.ipynb #a27aea76
@@ -547,9 +577,11 @@ def _idx(family: str, folder: str, *facts) -> Source:
     def fetch(split, size):
         import torchvision
         cls = getattr(torchvision.datasets, family)
-        return [([m + f for m in cls.mirrors], f"{folder}/raw/{f}", f"md5:{md5}") for f, md5 in cls.resources if f.startswith(split)]
+        return [([m + f for m in cls.mirrors], f"{folder}/raw/{f}", f"md5:{md5}")
+                for f, md5 in cls.resources if f.startswith(split)]
     layouts = (tuple(f + ".gz" for f in files), files)
-    return Source(*facts[:3], partial(_read_idx, family=family), layouts, {"train": "train", "test": "t10k"}, fetch, facts[3])
+    return Source(*facts[:3], partial(_read_idx, family=family), layouts,
+                  {"train": "train", "test": "t10k"}, fetch, facts[3])
 
 
 def _cifar(family: str, archive: str, folder: str, *facts) -> Source:
@@ -557,69 +589,88 @@ def _cifar(family: str, archive: str, folder: str, *facts) -> Source:
         import torchvision
         cls = getattr(torchvision.datasets, family)
         return [([cls.url], archive, f"md5:{cls.tgz_md5}")]
-    return Source(*facts[:3], partial(_read_cifar, family=family), ((archive,), (folder,)), fetch=fetch, megabytes=facts[3])
+    return Source(*facts[:3], partial(_read_cifar, family=family), ((archive,), (folder,)),
+                  fetch=fetch, megabytes=facts[3])
 
 
 SOURCES |= {
-    "mnist": _idx("MNIST", "MNIST", "60,000 + 10,000 digits, 28x28 grey", "CC BY-SA 3.0, as commonly given", "LeCun et al. 1998", 11.6),
-    "fashion-mnist": _idx("FashionMNIST", "FashionMNIST", "60,000 + 10,000 articles of clothing, 28x28 grey", "MIT", "Xiao et al. 2017", 30.9),
-    "kuzushiji-mnist": _idx("KMNIST", "KMNIST", "60,000 + 10,000 cursive characters, 28x28 grey", "CC BY-SA 4.0", "Clanuwat et al. 2018", 21.3),
+    "mnist": _idx("MNIST", "MNIST", "60,000 + 10,000 digits, 28x28 grey",
+                  "CC BY-SA 3.0, as commonly given", "LeCun et al. 1998", 11.6),
+    "fashion-mnist": _idx("FashionMNIST", "FashionMNIST",
+                          "60,000 + 10,000 articles of clothing, 28x28 grey", "MIT",
+                          "Xiao et al. 2017", 30.9),
+    "kuzushiji-mnist": _idx("KMNIST", "KMNIST", "60,000 + 10,000 cursive characters, 28x28 grey",
+                            "CC BY-SA 4.0", "Clanuwat et al. 2018", 21.3),
     "cifar10": _cifar("CIFAR10", "cifar-10-python.tar.gz", "cifar-10-batches-py",
-        "50,000 + 10,000 photos, 32x32, 10 classes", "none given, cite the report", "Krizhevsky 2009", 170.5),
+        "50,000 + 10,000 photos, 32x32, 10 classes", "none given, cite the report",
+        "Krizhevsky 2009", 170.5),
     "cifar100": _cifar("CIFAR100", "cifar-100-python.tar.gz", "cifar-100-python",
-        "50,000 + 10,000 photos, 32x32, 100 classes", "none given, cite the report", "Krizhevsky 2009", 169.0),
+        "50,000 + 10,000 photos, 32x32, 100 classes", "none given, cite the report",
+        "Krizhevsky 2009", 169.0),
     "cifar10-jpeg": Source(
-        "CIFAR-10 after JPEG, quality 75: other pixels, other scores", "none given, cite the report", "Krizhevsky 2009, re-encoded",
+        "CIFAR-10 after JPEG, quality 75: other pixels, other scores",
+        "none given, cite the report", "Krizhevsky 2009, re-encoded",
         _read_photos, (("cifar10-jpeg/{split}.tar.gz",), ("cifar10-jpeg/{split}",)),
         advice=f"{_NAME} with cifar10-jpeg/train.tar.gz and test.tar.gz, or use cifar10"),
 }
 
 # %% ../nbs/02_data.ipynb #394bb123
 _TERMS = "ImageNet's terms: research and education, no redistribution"
-_IMAGENETTE = {"-160": "e793b78cc4c9e9a4ccc0c1155377a412", "-320": "3df6f0d01a2c9592104656642f5e78a3", "": "fe2fc210e6bb7c5664d602c3cd71e612"}
+_IMAGENETTE = {"-160": "e793b78cc4c9e9a4ccc0c1155377a412",
+               "-320": "3df6f0d01a2c9592104656642f5e78a3", "": "fe2fc210e6bb7c5664d602c3cd71e612"}
 
 
 def _fetch_imagenette(split, size):
     file = f"imagenette2{_px(size)}.tgz"
-    return [([f"https://s3.amazonaws.com/fast-ai-imageclas/{file}"], file, f"md5:{_IMAGENETTE[_px(size)]}")]
+    return [([f"https://s3.amazonaws.com/fast-ai-imageclas/{file}"], file,
+             f"md5:{_IMAGENETTE[_px(size)]}")]
 
 
-_HELD_OUT = {"train": "train", "valid": "val", "test": "val"}  # the labelled images that are not for training
+# the labelled images that are not for training
+_HELD_OUT = {"train": "train", "valid": "val", "test": "val"}
 SOURCES |= {
     "imagenette": Source("9,469 + 3,925 photos of 10 easy ImageNet classes", _TERMS, "Howard 2019",
-        _read_photos, (("imagenette2{px}.tgz",), ("imagenette2{px}/{split}",)), _HELD_OUT, _fetch_imagenette, 99, 160),
+        _read_photos, (("imagenette2{px}.tgz",), ("imagenette2{px}/{split}",)), _HELD_OUT,
+        _fetch_imagenette, 99, 160),
     "imagenette-128": Source("4,000 + 1,000 of Imagenette, 128x128", _TERMS, "Howard 2019, resized",
         _read_photos, (("imagenette-128/{split}.tar.gz",), ("imagenette-128/{split}",)), _HELD_OUT,
         advice=f"{_NAME} with imagenette-128/train.tar.gz and val.tar.gz, or use imagenette"),
-    "imagenet-sample": Source("one photo of each of the 1,000 ImageNet classes", _TERMS, "Russakovsky et al. 2015",
+    "imagenet-sample": Source("one photo of each of the 1,000 ImageNet classes", _TERMS,
+        "Russakovsky et al. 2015",
         _read_photos, (("imagenet-sample",),), {"test": "test"}, size=160,
         advice=f"{_NAME} with imagenet-sample/<WordNet number>/<photo>.JPEG"),
-    "nuclei": Source("497 + 90 microscope images with masks of the nuclei", "CC0", "Caicedo et al. 2019",
+    "nuclei": Source("497 + 90 microscope images with masks of the nuclei", "CC0",
+        "Caicedo et al. 2019",
         _read_pairs, (("nuclei/{split}",),), size=128,
-        advice=f"{_NAME} with nuclei/train and nuclei/test, each with images/ and masks/, or use nuclei-sample"),
-    "nuclei-sample": _sample("nuclei-sample.tar", "45 + 15 of nuclei", "CC0", "Caicedo et al. 2019", _read_pairs, size=128),
+        advice=f"{_NAME} with images/ and masks/ in nuclei/train and nuclei/test, "
+               "or use nuclei-sample"),
+    "nuclei-sample": _sample("nuclei-sample.tar", "45 + 15 of nuclei", "CC0",
+        "Caicedo et al. 2019", _read_pairs, size=128),
 }
 
 # %% ../nbs/02_data.ipynb #f7edd9c8
 def _corners(u: Tensor, size: int, classes: int) -> tuple[Tensor, Tensor]:
-    "Uniform draws (n, shapes, 5 + 2V) to corners (n, shapes, V, 2) in pixels, x before y, and their number (n, shapes, 1)."
+    """Uniform draws (n, shapes, 5 + 2V) -> corners (n, shapes, V, 2), x first; their number."""
     most = (u.shape[-1] - 5) // 2
     number = (u[..., :1] * (6 if classes == 1 else classes)).long() + 3
-    j = torch.arange(most).minimum(number - 1)  # spare corners repeat the last one: edges of no length
+    # spare corners repeat the last one: edges of no length
+    j = torch.arange(most).minimum(number - 1)
     angle = 2 * torch.pi * ((j + 0.8 * u[..., 5 : 5 + most].gather(-1, j)) / number + u[..., 1:2])
     outer = size * (0.15 + 0.2 * u[..., 2:3])
-    middle = outer[..., None] + (size - 2 * outer[..., None]) * u[..., None, 3:5]  # the whole shape stays in the picture
+    # the whole shape stays in the picture
+    middle = outer[..., None] + (size - 2 * outer[..., None]) * u[..., None, 3:5]
     reach = outer * (0.4 + 0.6 * u[..., 5 + most :].gather(-1, j))
     return middle + reach[..., None] * torch.stack([angle.cos(), angle.sin()], -1), number
 
 
 def _inside(corners: Tensor, size: int) -> Tensor:
-    "(n, V, 2) corners to (n, size, size) bool: the pixels whose middle has an odd number of edges to its right."
+    """Corners (n, V, 2) -> (n, size, size) bool: an odd number of edges right of the pixel."""
     p = torch.arange(size, dtype=corners.dtype) + 0.5
     inside = torch.zeros(len(corners), size, size, dtype=torch.bool)
     for a, b in zip(corners.unbind(1), corners.roll(-1, 1).unbind(1)):
         (ax, ay), (bx, by) = a[:, None].unbind(-1), b[:, None].unbind(-1)
-        at = ax + (p - ay) * (bx - ax) / torch.where(ay == by, 1, by - ay)  # where each row meets the edge
+        # where each row meets the edge
+        at = ax + (p - ay) * (bx - ax) / torch.where(ay == by, 1, by - ay)
         at = torch.where((ay > p) != (by > p), at, -1)
         inside ^= p < at[..., None]
     return inside
@@ -628,17 +679,18 @@ def _inside(corners: Tensor, size: int) -> Tensor:
 def polygons(
     n: int = 200,               # how many images
     size: int = 128,            # side in pixels
-    classes: int = 1,           # 1: polygons of 3 to 8 corners are class 1; k > 1: class c has c + 2 corners
+    classes: int = 1,  # 1: polygons of 3 to 8 corners are class 1; k > 1: class c has c + 2 corners
     shapes: int = 1,            # polygons in an image; later ones lie over earlier ones
     seed: int = 0,              # image i depends on seed, stream, classes, shapes and i alone
-    stream: int = 0,            # numbers that another stream of the same seed never uses: 0 train, 1 test, 2 valid
-) -> tuple[Tensor, Tensor]:     # x (n, 1, size, size) uint8, 0 or 255; y (n, size, size) int64 masks
-    "White irregular polygons on black, and the class of each pixel."
+    stream: int = 0,            # other random numbers of the same seed: 0 train, 1 test, 2 valid
+) -> tuple[Tensor, Tensor]:  # x (n, 1, size, size) uint8, 0 or 255; y (n, size, size) int64 masks
+    """White irregular polygons on black, and the class of each pixel."""
     import numpy as np
-    for name, value, least in (("n", n, 0), ("size", size, 1), ("classes", classes, 1), ("shapes", shapes, 1), ("seed", seed, 0)):
-        if value < least: raise ValueError(f"polygons: {name} must be at least {least}, got {value}")
+    need_number(0, n=n, seed=seed)
+    need_number(1, size=size, classes=classes, shapes=shapes)
     corners = 8 if classes == 1 else classes + 2
-    u = np.random.Generator(np.random.Philox(key=[seed, stream])).random((n, shapes, 5 + 2 * corners))
+    draw = np.random.Generator(np.random.Philox(key=[seed, stream]))
+    u = draw.random((n, shapes, 5 + 2 * corners))
     corners, number = _corners(torch.from_numpy(u), size, classes)
     y = torch.zeros(n, size, size, dtype=torch.int64)
     for s in range(shapes):
@@ -648,29 +700,33 @@ def polygons(
 
 
 def _read_polygons(paths, split, size, check, *, n, **options):
-    x, y = polygons((20 if split == "test" else 200) if n is None else n, size, stream=("train", "test", "valid").index(split), **options)
-    k = options["classes"]
-    return x, y, ["background", *(["polygon"] if k == 1 else [f"{c + 2} corners" for c in range(1, k + 1)])]
+    n = (20 if split == "test" else 200) if n is None else n
+    stream, k = ("train", "test", "valid").index(split), options["classes"]
+    x, y = polygons(n, size, stream=stream, **options)
+    names = ["polygon"] if k == 1 else [f"{c + 2} corners" for c in range(1, k + 1)]
+    return x, y, ["background", *names]
 
 
 SOURCES["polygons"] = Source(
-    "white polygons on black with masks, drawn when asked for", "none needed", "after Calhas & Oliveira 2025", _read_polygons,
-    splits={s: s for s in ("train", "valid", "test")}, size=128, options={"n": None, "classes": 1, "shapes": 1, "seed": 0}, keep=False)
+    "white polygons on black with masks, drawn when asked for", "none needed",
+    "after Calhas & Oliveira 2025", _read_polygons,
+    splits={s: s for s in ("train", "valid", "test")}, size=128,
+    options={"n": None, "classes": 1, "shapes": 1, "seed": 0}, keep=False)
 
 # %% ../nbs/02_data.ipynb #cea7cdb4
 def gaussian_noise(
     x: Tensor,                                  # (B, C, H, W) uint8, or float in [0, 1]
     sigma: float,                               # standard deviation, in units of the full range
-    rescale: str | None = "clip",               # what becomes of values outside [0, 1]: "clip", "image" or None
+    rescale: str | None = "clip",  # what becomes of values outside [0, 1]: "clip", "image" or None
     generator: torch.Generator | None = None,   # on x's device; None draws from torch's own
 ) -> Tensor:                                    # (B, C, H, W) float
-    "Add independent noise to every pixel of every channel."
-    if not sigma >= 0: raise ValueError(f"sigma must not be negative, got {sigma}")
+    """Add independent noise to every pixel of every channel."""
+    need_number(0, sigma=sigma)
+    need_known(rescale, ("clip", "image", None), "value of rescale")
     x = _float(x) if not x.is_floating_point() else x
     x = x + sigma * torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
     if rescale is None: return x
     if rescale == "clip": return x.clamp(0, 1)
-    if rescale != "image": raise ValueError(f"rescale must be 'clip', 'image' or None, got {rescale!r}")
     low, high = x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)
     return (x - low) / (high - low).clamp_min(torch.finfo(x.dtype).tiny)
 
@@ -681,7 +737,8 @@ SEVERITIES = {  # levels 1…5 of CIFAR-10-C, for images of 32 x 32 pixels
     "impulse_noise": (0.01, 0.02, 0.03, 0.05, 0.07),        # share of values turned black or white
     "speckle_noise": (0.06, 0.1, 0.12, 0.16, 0.2),          # standard deviation, times the pixel
     "gaussian_blur": (0.4, 0.6, 0.7, 0.8, 1.0),             # width, pixels
-    "defocus_blur": ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1.0, 0.2), (1.5, 0.1)),  # radius of the disk, width of its edge, pixels
+    # radius of the disk, width of its edge, pixels
+    "defocus_blur": ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1.0, 0.2), (1.5, 0.1)),
     "brightness": (0.05, 0.1, 0.15, 0.2, 0.3),              # added to the brightest channel
     "contrast": (0.75, 0.5, 0.4, 0.3, 0.15),                # times the distance from the mean
     "pixelate": (0.95, 0.9, 0.85, 0.75, 0.65),              # side after shrinking, as a share
@@ -699,12 +756,13 @@ def _noise(kind: str, x: Tensor, level: float, g: torch.Generator) -> Tensor:
 
 # %% ../nbs/02_data.ipynb #3c1d3cce
 def _disk(radius: float, soft: float) -> Tensor:
-    "A disk on a grid of 17 pixels, its edge softened by a Gaussian of three."
+    """A disk on a grid of 17 pixels, its edge softened by a Gaussian of three."""
     i = torch.arange(-8.0, 9.0)
     disk = (i[:, None] ** 2 + i**2 <= radius**2).float()
     edge = (-torch.arange(-1.0, 2.0) ** 2 / (2 * soft**2)).exp()
     edge = edge / edge.sum()
-    return F.conv2d((disk / disk.sum())[None, None], (edge[:, None] * edge)[None, None], padding=1)[0, 0]
+    disk, edge = (disk / disk.sum())[None, None], (edge[:, None] * edge)[None, None]
+    return F.conv2d(disk, edge, padding=1)[0, 0]
 
 
 def _blur(kind: str, x: Tensor, level: float | tuple[float, float]) -> Tensor:
@@ -714,16 +772,18 @@ def _blur(kind: str, x: Tensor, level: float | tuple[float, float]) -> Tensor:
         kernel, edges = (k[:, None] * k) / k.sum() ** 2, "replicate"
     else: kernel, edges = _disk(*level), "reflect"
     kernel, channels = kernel.to(x), x.shape[1]
-    return F.conv2d(F.pad(x, [len(kernel) // 2] * 4, mode=edges), kernel.expand(channels, 1, -1, -1), groups=channels)
+    return F.conv2d(F.pad(x, [len(kernel) // 2] * 4, mode=edges),
+                    kernel.expand(channels, 1, -1, -1), groups=channels)
 
 # %% ../nbs/02_data.ipynb #cb2fb118
 def _coarse(x: Tensor, share: float) -> Tensor:
-    "Shrink and enlarge again with Pillow's box filter, whose weights are read off by resizing an identity matrix."
+    """Shrink and enlarge again with Pillow's box filter; resizing an identity gives its weights."""
     import numpy as np
     from PIL import Image
     def both(n):
-        down = Image.fromarray(np.eye(n, dtype=np.float32)).resize((n, max(1, int(n * share))), Image.Resampling.BOX)
-        return torch.from_numpy(np.array(down.resize((n, n), Image.Resampling.BOX))).to(x)
+        eye, box = Image.fromarray(np.eye(n, dtype=np.float32)), Image.Resampling.BOX
+        again = eye.resize((n, max(1, int(n * share))), box).resize((n, n), box)
+        return torch.from_numpy(np.array(again)).to(x)
     h, w = x.shape[-2:]
     return both(h) @ x @ both(w).T
 
@@ -741,12 +801,12 @@ def corrupt(
     severity: int = 3,  # 1 (mild) … 5 (strong), defined for images of 32 pixels
     seed: int = 0,      # for the kinds that draw noise
 ) -> Tensor:            # (N, C, H, W) uint8 on x's device
-    "One of the CIFAR-10-C corruptions on a whole batch."
-    if kind not in SEVERITIES: raise ValueError(f"unknown corruption {kind!r}; known: {', '.join(SEVERITIES)}")
-    if severity not in (1, 2, 3, 4, 5): raise ValueError(f"severity must be 1, 2, 3, 4 or 5, got {severity!r}")
+    """One of the CIFAR-10-C corruptions on a whole batch."""
+    need_known(kind, SEVERITIES, "corruption")
+    need_known(severity, (1, 2, 3, 4, 5), "severity")
     if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] not in (1, 3):
-        raise TypeError(f"corrupt takes uint8 images (N, 1 or 3, H, W), got {x.dtype} {tuple(x.shape)}; "
-            "floats in [0, 1] become bytes by (x * 255).round().byte()")
+        raise TypeError(f"corrupt takes uint8 images (N, 1 or 3, H, W), got {x.dtype} "
+                        f"{tuple(x.shape)}: use (x * 255).round().byte()")
     level, g, out = SEVERITIES[kind][severity - 1], torch.Generator(x.device).manual_seed(seed), []
     for part in x.split(512):  # bounds the memory for floats
         if kind == "jpeg":
@@ -763,11 +823,11 @@ def corrupt(
 # %% ../nbs/02_data.ipynb #a4e1d652
 def augment(
     x: Tensor,                                  # (B, C, H, W), any type, any device
-    padding: int = 4,                           # zeros around the image before an H x W window is cut out
+    padding: int = 4,  # zeros around the image before an H x W window is cut out
     flip: bool = True,                          # mirror each image with probability one half
     generator: torch.Generator | None = None,   # on x's device; None draws from torch's own
 ) -> Tensor:                                    # (B, C, H, W)
-    "Random crops and mirror images, drawn for each image of the batch, by one gather."
+    """Random crops and mirror images, drawn for each image of the batch, by one gather."""
     b, c, h, w = x.shape
     at = partial(torch.randint, 2 * padding + 1, (b, 1), generator=generator, device=x.device)
     rows = at() + torch.arange(h, device=x.device)
@@ -775,71 +835,86 @@ def augment(
     if flip:
         turned = torch.rand(b, 1, generator=generator, device=x.device) < 0.5
         columns = torch.where(turned, columns.flip(1), columns)
-    image, channel = torch.arange(b, device=x.device)[:, None, None, None], torch.arange(c, device=x.device)[:, None, None]
-    return F.pad(x, [padding] * 4)[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
+    image = torch.arange(b, device=x.device)[:, None, None, None]
+    channel = torch.arange(c, device=x.device)[:, None, None]
+    rows, columns = rows[:, None, :, None], columns[:, None, None, :]
+    return F.pad(x, [padding] * 4)[image, channel, rows, columns]
 
 # %% ../nbs/02_data.ipynb #b714d369
 def mel_spectrogram(
     n_mels: int = 64,       # frequency bands
     rate: int = 16000,      # samples per second
 ) -> torch.nn.Module:       # (B, 1, samples) float -> (B, 1, n_mels, 1 + samples // 160) in dB
-    "The picture of a sound, as a module: move it to the GPU and call it in the loop, or let `load` do it once."
+    """The picture of a sound, as a module: for the training loop on a GPU; `load` makes it once."""
     from torchaudio import transforms
-    mel = transforms.MelSpectrogram(rate, n_fft=1024, win_length=rate // 40, hop_length=rate // 100, n_mels=n_mels)
+    mel = transforms.MelSpectrogram(rate, n_fft=1024, win_length=rate // 40, hop_length=rate // 100,
+                                    n_mels=n_mels)
     return torch.nn.Sequential(mel, transforms.AmplitudeToDB(top_db=80))
 
 # %% ../nbs/02_data.ipynb #21b4dac5
 DIGITS = "eight five four nine one seven six three two zero".split()
-WORDS = sorted(DIGITS + ("backward bed bird cat dog down follow forward go happy house learn left marvin no off on right "
-    "sheila stop tree up visual wow yes").split())
+_OTHERS = ("backward bed bird cat dog down follow forward go happy house learn left marvin no off "
+           "on right sheila stop tree up visual wow yes")
+WORDS = sorted(DIGITS + _OTHERS.split())
 
 
 def _clip(item: tuple[str, bytes], seconds: float) -> tuple[str, int, Tensor]:
-    "(name, bytes of a WAV file) -> (name, rate, int16 samples), cut or filled with silence at its end."
+    """(name, bytes of a WAV file) -> (name, rate, int16 samples), cut or padded at the end."""
     try: import soundfile
-    except ImportError as e: raise ImportError("sound is read by the package soundfile: pip install soundfile torchaudio") from e
+    except ImportError as e:
+        raise ImportError("no package reads sound here: pip install soundfile torchaudio") from e
     name, data = item
     try: wave, rate = soundfile.read(io.BytesIO(data), dtype="int16")
-    except soundfile.SoundFileError as e:
-        raise RuntimeError(f"the sound {name!r} is damaged ({e}): remove its file or archive and get it again") from None
-    if wave.ndim != 1: raise RuntimeError(f"the sound {name!r} has {wave.shape[1]} channels, expected one")
+    except soundfile.SoundFileError as e: _refuse(name, f"is a damaged sound ({e})", _AGAIN)
+    if wave.ndim != 1: _refuse(name, f"has {wave.shape[1]} channels, expected one", _AGAIN)
     n = round(seconds * rate)
     return name, rate, F.pad(torch.from_numpy(wave[:n]), [0, n - len(wave[:n])])
 
 
 def _features(wave: Tensor, rate: int, features: str, n_mels: int) -> Tensor:
-    "(B, samples) int16 at `rate` -> int16 at 16 kHz, or float16 dB."
+    """(B, samples) int16 at `rate` -> int16 at 16 kHz, or float16 dB."""
     from torchaudio.functional import resample
     if rate == 16000 and features == "wave": return wave[:, None]
     wave = resample(_float(wave), rate, 16000)[:, None]
-    return mel_spectrogram(n_mels)(wave).half() if features == "mel" else (wave * 32768).round().clamp(-32768, 32767).short()
+    if features == "mel": return mel_spectrogram(n_mels)(wave).half()
+    return (wave * 32768).round().clamp(-32768, 32767).short()
 
 # %% ../nbs/02_data.ipynb #fc674d5c
 def _lists(path: Path, check: Callable, words: Sequence[str]) -> dict[str, set]:
-    "The clips of the testing and the validation list, after a look whether these are the `words`."
+    """The clips of the testing and the validation list, if these are the `words`."""
     lists, found = {}, set()
     for name, data in _members(path, check):
         *_, word, file = ("", *name.split("/"))
-        if file.endswith("_list.txt"): lists[file.removesuffix("_list.txt")] = set(data.decode().split())
-        elif file.endswith(".wav") and not word.startswith("_"): found.add(word)  # _background_noise_ is no word
-    if found == set(words) and lists.keys() == {"testing", "validation"}: return lists
-    raise RuntimeError(f"{str(path)!r} has {len(found)} words ({', '.join(sorted(found)[:3])} …) and {len(lists)} lists, expected {len(words)} words "
-        "and 2 lists: spoken-digits has ten words, speechcommands 35; load the one that this is, or get it again")
+        if file.endswith("_list.txt"):
+            lists[file.removesuffix("_list.txt")] = set(data.decode().split())
+        elif file.endswith(".wav") and not word.startswith("_"):
+            found.add(word)  # _background_noise_ is no word
+    if found != set(words) or lists.keys() != {"testing", "validation"}:
+        some = ", ".join(sorted(found)[:3])
+        _refuse(path, f"has {len(found)} words ({some} …) and {len(lists)} lists, not {len(words)} "
+                "words and 2", "spoken-digits has 10 words, speechcommands 35; get it again")
+    return lists
 
 
 def _read_speech(paths, split, size, check, *, words, features, n_mels, seconds):
-    "The layout of Speech Commands: <word>/<speaker>_nohash_<take>.wav, and lists of the clips that are not for training."
-    if size is not None: raise ValueError(f"sounds have no size in pixels, got size={size}; there are n_mels= and seconds=")
-    if features not in ("mel", "wave"): raise ValueError(f"features must be 'mel' or 'wave', got {features!r}")
-    lists = _lists(paths[-1], check, words)  # they may stand at the end of an archive, so it is gone through twice
-    named = (("/".join(name.split("/")[-2:]), data) for name, data in _members(paths[-1], lambda path: None) if name.endswith(".wav"))
+    """Speech Commands: <word>/<speaker>_nohash_<take>.wav, and lists of validation and test."""
+    if size is not None:
+        raise ValueError(f"sounds have no size in pixels, got {size}: use n_mels= and seconds=")
+    need_known(features, ("mel", "wave"), "value of features")
+    # the lists may stand at the end of an archive, so it is read twice
+    lists = _lists(paths[-1], check, words)
+    named = (("/".join(name.split("/")[-2:]), data)
+             for name, data in _members(paths[-1], lambda path: None) if name.endswith(".wav"))
     inside = lists.get(split) or set()
     outside = set() if split in lists else set.union(*lists.values())
-    chosen = ((clip, data) for clip, data in named if not clip.startswith("_") and (clip in inside if split in lists else clip not in outside))
+    mine = lambda clip: clip in inside if split in lists else clip not in outside
+    chosen = ((clip, data) for clip, data in named if not clip.startswith("_") and mine(clip))
     clips = sorted(_in_threads(partial(_clip, seconds=seconds), chosen), key=lambda c: c[0])
     rates = {rate for _, rate, _ in clips}
-    if len(rates) != 1: raise RuntimeError(f"{str(paths[-1])!r} has clips of {len(rates)} sampling rates ({sorted(rates)}) in {split}, expected one")
-    parts = (torch.stack([wave for *_, wave in clips[i : i + 512]]) for i in range(0, len(clips), 512))
+    if len(rates) != 1:
+        _refuse(paths[-1], f"has clips of {len(rates)} sampling rates ({sorted(rates)}) in {split}")
+    waves = [wave for *_, wave in clips]
+    parts = (torch.stack(waves[i : i + 512]) for i in range(0, len(clips), 512))
     number = {word: i for i, word in enumerate(words)}
     y = torch.tensor([number[clip.split("/")[0]] for clip, *_ in clips], dtype=torch.int16)
     return torch.cat([_features(part, *rates, features, n_mels) for part in parts]), y, words
@@ -847,7 +922,8 @@ def _read_speech(paths, split, size, check, *, words, features, n_mels, seconds)
 # %% ../nbs/02_data.ipynb #8aa26e63
 def _fetch_speech(split, size):
     file = "speech_commands_v0.02.tar.gz"
-    return [([f"https://storage.googleapis.com/download.tensorflow.org/data/{file}", f"http://download.tensorflow.org/data/{file}"], file,
+    return [([f"https://storage.googleapis.com/download.tensorflow.org/data/{file}",
+              f"http://download.tensorflow.org/data/{file}"], file,
         "sha256:af14739ee7dc311471de98f5f9d2c9191b18aedfe957f4a6ff791c709868ff58")]
 
 
@@ -856,43 +932,55 @@ _LISTS = {"train": "training", "valid": "validation", "test": "testing"}
 _SOUND = {"features": "mel", "n_mels": 64, "seconds": 1.0}
 SOURCES |= {
     "speechcommands": Source("105,829 clips of 35 spoken words, 16 kHz", "CC BY 4.0", "Warden 2018",
-        partial(_read_speech, words=WORDS), ((f"{_SPOKEN}/yes", _SPOKEN), ("speech_commands_v0.02.tar.gz",)),
+        partial(_read_speech, words=WORDS),
+        ((f"{_SPOKEN}/yes", _SPOKEN), ("speech_commands_v0.02.tar.gz",)),
         _LISTS, _fetch_speech, 2429, options=_SOUND),
-    "spoken-digits": Source("3,000 clips of ten spoken digits, recorded at 8 kHz", "CC BY-SA 4.0", "Jackson et al., FSDD",
-        partial(_read_speech, words=DIGITS), (("SpeechCommands.tar.gz",), (f"{_SPOKEN}/zero", _SPOKEN)),
-        _LISTS, options=_SOUND, advice=f"{_NAME} with SpeechCommands.tar.gz, or use spoken-digits-sample"),
-    "spoken-digits-sample": _sample("spoken-digits-sample.tar", "40 + 20 of spoken-digits", "CC BY-SA 4.0", "Jackson et al., FSDD",
-        partial(_read_speech, words=DIGITS), splits={"train": "training", "test": "testing"}, options=_SOUND),
+    "spoken-digits": Source("3,000 clips of ten spoken digits, recorded at 8 kHz", "CC BY-SA 4.0",
+        "Jackson et al., FSDD",
+        partial(_read_speech, words=DIGITS),
+        (("SpeechCommands.tar.gz",), (f"{_SPOKEN}/zero", _SPOKEN)),
+        _LISTS, options=_SOUND,
+        advice=f"{_NAME} with SpeechCommands.tar.gz, or use spoken-digits-sample"),
+    "spoken-digits-sample": _sample("spoken-digits-sample.tar", "40 + 20 of spoken-digits",
+        "CC BY-SA 4.0", "Jackson et al., FSDD",
+        partial(_read_speech, words=DIGITS), splits={"train": "training", "test": "testing"},
+        options=_SOUND),
 }
 
 # %% ../nbs/02_data.ipynb #e0f61dac
 class PhotoFolder(_Parts, torch.utils.data.Dataset):
-    "Photos in one folder per class, decoded when asked for."
+    """Photos in one folder per class, decoded when asked for."""
     def __init__(self,
-        folder: str | Path,                     # with one folder per class, as for torchvision's ImageFolder
+        folder: str | Path,  # with one folder per class, as for torchvision's ImageFolder
         size: int = 224,                        # side in pixels after `transform`
-        transform: Callable | None = None,      # uint8 (C, H, W) of any size -> uint8 (C, size, size); None: the middle square
+        # uint8 (C, H, W) of any size -> uint8 (C, size, size); None: the middle square
+        transform: Callable | None = None,
         name: str = "",                         # which set
         split: str = "",                        # which part of it
-        classes: Sequence[str] | None = None,   # names in the order of the folders; None: the folders' own
+        classes: Sequence[str] | None = None,   # names; None: those of the folders
     ):
         from torchvision.datasets import ImageFolder
         found = ImageFolder(folder)
-        if classes is not None and len(classes) != len(found.classes):
-            raise RuntimeError(f"{str(folder)!r} has {len(found.classes)} classes, expected {len(classes)}: "
-                "some folders are missing or do not belong there")
+        classes = found.classes if classes is None else classes
+        if len(classes) != len(found.classes):
+            _refuse(folder, f"has {len(found.classes)} classes, expected {len(classes)}",
+                    "see whether folders are missing or do not belong there")
         self.files, labels = zip(*found.samples)
-        self.y, self.classes, self.size = torch.tensor(labels), tuple(found.classes if classes is None else classes), size
+        self.y, self.classes, self.size = torch.tensor(labels), tuple(classes), size
         self.transform, self.name, self.split = transform, name, split
 
     def __len__(self): return len(self.files)
     def __getitem__(self, i): return self._one(i)[0], self.y[i]
-    def __getitems__(self, indices): return torch.stack([self._one(i)[0] for i in indices]), self.y[torch.as_tensor(indices)]
-    def __repr__(self): return f"{self.name} {self.split}: {len(self):,} photos in files, {len(self.classes)} classes, {self.size} pixels"
+    def __getitems__(self, indices):
+        return torch.stack([self._one(i)[0] for i in indices]), self.y[torch.as_tensor(indices)]
+    def __repr__(self):
+        return (f"{self.name} {self.split}: {len(self):,} photos in files, "
+                f"{len(self.classes)} classes, {self.size} pixels")
     collate = staticmethod(TensorData.collate)
 
     def _one(self, i):
-        _, image = _picture((self.files[i], Path(self.files[i]).read_bytes()), None if self.transform else self.size)
+        item, size = (self.files[i], Path(self.files[i]).read_bytes()), self.size
+        _, image = _picture(item, None if self.transform else size)
         return _float(self.transform(image) if self.transform else image), self.y[i]
 
     def _take(self, i):
@@ -903,39 +991,47 @@ class PhotoFolder(_Parts, torch.utils.data.Dataset):
 # %% ../nbs/02_data.ipynb #c6518136
 def _read_imagenet(paths, split, size, key, *, transform):
     from torchvision.models import AlexNet_Weights
-    return PhotoFolder(paths[-1], size, transform, key, split, AlexNet_Weights.IMAGENET1K_V1.meta["categories"])
+    classes = AlexNet_Weights.IMAGENET1K_V1.meta["categories"]
+    return PhotoFolder(paths[-1], size, transform, key, split, classes)
 
 
 SOURCES["imagenet"] = Source(
-    "1,281,167 + 50,000 photos, 1,000 classes, left in their files", _TERMS, "Russakovsky et al. 2015", _read_imagenet,
-    (("imagenet/{split}",), ("ILSVRC/Data/CLS-LOC/{split}",), ("{split}/n01440764", "{split}")), _HELD_OUT, size=224,
+    "1,281,167 + 50,000 photos, 1,000 classes, left in their files", _TERMS,
+    "Russakovsky et al. 2015", _read_imagenet,
+    (("imagenet/{split}",), ("ILSVRC/Data/CLS-LOC/{split}",), ("{split}/n01440764", "{split}")),
+    _HELD_OUT, size=224,
     options={"transform": None}, keep=False, lazy=True,
-    advice=f"get it from image-net.org and {_NAME} with imagenet/train and imagenet/val, one folder per class in each")
+    advice=f"get it from image-net.org and {_NAME} with imagenet/train and imagenet/val, "
+           "one folder per class in each")
 
 # %% ../nbs/02_data.ipynb #c77729c3
 def catalogue(
     root: str | Path | None = None,     # as for `load`
-) -> list[dict]:                        # one row per set: name, what, licence, MB to download, where it was found
-    "What `load` knows, what it may be used for, and what is here already."
+) -> list[dict]:  # one row per set: name, what, licence, MB to download, where it was found
+    """What `load` knows, what it may be used for, and what is here already."""
     root, rows = _root(root), []
     for key, source in SOURCES.items():
         place = _locate(key, next(iter(source.splits)), source.size, root)[0]
-        where = str(place) if place else "always" if not source.layouts else "to download" if source.fetch else "not here"
-        rows.append({"name": key, "what": source.about, "licence": source.licence, "MB": source.megabytes or "", "where": where})
+        where = "to download" if source.fetch else "not here"
+        if place or not source.layouts: where = str(place or "always")
+        rows.append({"name": key, "what": source.about, "licence": source.licence,
+                     "MB": source.megabytes or "", "where": where})
     return rows
 
 
 def cli(argv: Sequence[str] | None = None) -> int:
-    "The command `feedback_nb_data`: without names a table of the data sets, with names gets and decodes them."
+    """The command `feedback_nb_data`: lists the data sets, or gets and decodes those named."""
     from feedback_nb import __version__
-    p = argparse.ArgumentParser("feedback_nb_data", description="List the data sets of feedback_nb, or get some of them.")
+    about = "List the data sets of feedback_nb, or get some of them."
+    p = argparse.ArgumentParser("feedback_nb_data", description=about)
     p.add_argument("name", nargs="*", help="data sets to get; none: list them all")
-    p.add_argument("--root", help="data folder to look into first (default: the environment variable FEEDBACK_NB_DATA)")
+    p.add_argument("--root", help="data folder to look into first (default: FEEDBACK_NB_DATA)")
     p.add_argument("--version", action="version", version=f"feedback_nb {__version__}")
     asked = p.parse_args(argv)
     try:
         if not asked.name:
-            rows = [{k: k for k in ("name", "MB", "where", "licence", "what")}, *catalogue(asked.root)]
+            titles = {k: k for k in ("name", "MB", "where", "licence", "what")}
+            rows = [titles, *catalogue(asked.root)]
             width = {k: max(len(str(row[k])) for row in rows) for k in rows[0]}
             for row in rows: print("  ".join(str(row[k]).ljust(width[k]) for k in width).rstrip())
             print(f"\nDownloads and decoded data are kept in {cache_folder()}")

@@ -30,6 +30,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .checks import need_equal, need_number
 from .feedback import FeedbackModel, stepwise_loss
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['Paired', 'paired', 'holm', 'significance', 'Comparison', 'compare', 'recorded', 'cost', 'noise_curve',
-           'corruption_curve', 'fgsm_curve', 'pgd_curve', 'area', 'masking_check', 'predictions', 'reliability',
+           'corruption_curve', 'fgsm_curve', 'pgd_curve', 'area', 'masking_check', 'margins', 'biased_answer',
+           'to_digits', 'from_digits', 'bootstrap_interval', 'class_moments', 'predictions', 'reliability',
            'calibration']
 
 # %% ../nbs/04_evaluation.ipynb #0bed89f3
@@ -1010,6 +1012,96 @@ def masking_check(
         found = ", ".join(table.index[table["suspicious"]])
         warnings.warn(f"the gradient is masked: '{found}' finds more than PGD with {iterations} steps; do not report its curve as robustness", RuntimeWarning, stacklevel=2)
     return table
+
+# %% ../nbs/04_evaluation.ipynb #b1a5ed01
+def margins(
+    logits: torch.Tensor,  # (n, classes), of a plain pass
+    targets: torch.Tensor,  # (n, k) numbers of classes that are asked for, one question each
+) -> torch.Tensor:  # (n, k): a bias above the margin makes the target the answer
+    """By how much the best other logit exceeds that of each target."""
+    best = [logits.scatter(1, target[:, None], -torch.inf).amax(1) for target in targets.T]
+    return torch.stack(best, 1) - logits.gather(1, targets)
+
+
+def biased_answer(
+    margin,  # (…, n, shown + k) array of `margins`: first of classes that are shown, then of absent ones
+    false_alarms,  # (…) rate of false alarms in [0, 1]
+    *,
+    shown: int = 2,  # how many of the classes asked for are shown
+    largest: bool = True,  # of all biases with that rate of false alarms; False: the smallest
+):  # (…) rate of hits
+    """Hits of a network that looks at nothing: a bias on the target gives it as many false alarms."""
+    import numpy as np
+
+    margin, rate = np.asarray(margin), np.asarray(false_alarms)
+    need_number(1, margin.shape[-1] - 1, whole=True, shown=shown)
+    need_number(0, 1, lowest_rate=rate.min(), highest_rate=rate.max())
+    inf = np.full((*margin.shape[:-2], 1), np.inf)
+    absent = np.sort(margin[..., shown:].reshape(*inf.shape[:-1], -1), -1)
+    ends = np.concatenate([-inf, absent, inf], -1)  # a bias between two ends: so many false alarms
+    at = np.rint(np.broadcast_to(rate, inf.shape[:-1]) * absent.shape[-1]).astype(int) + largest
+    bias, asked = np.take_along_axis(ends, at[..., None], -1)[..., None], margin[..., :shown]
+    return (asked < bias if largest else asked <= bias).mean((-2, -1))
+
+# %% ../nbs/04_evaluation.ipynb #b1a5ed0c
+def to_digits(
+    hits: torch.Tensor,  # (n, 2) bool, looks at the two shown classes
+    false_alarms: torch.Tensor,  # (n, k) bool, looks at absent ones
+) -> str:  # n digits, for a record
+    """A digit for each triplet: the number of hits, and 3 for every false alarm."""
+    return "".join(str(int(v)) for v in hits.sum(1) + 3 * false_alarms.sum(1))
+
+
+def from_digits(
+    text: str,  # from `to_digits`
+    looks: int = 1,  # k: how often absent classes were looked for
+) -> tuple:  # arrays (n,): shares of hits and of false alarms
+    """What `to_digits` has kept of each triplet."""
+    import numpy as np
+
+    digits = np.array([int(c) for c in text])
+    return digits % 3 / 2, digits // 3 / looks
+
+# %% ../nbs/04_evaluation.ipynb #b1a5ed09
+def bootstrap_interval(
+    n: int,  # examples
+    statistic: Callable,  # array of example numbers (…, n), drawn with replacement -> (…)
+    *,
+    level: float = 0.95,  # of the interval
+    resamples: int = 999,
+    seed: int = 0,
+) -> tuple[float, float]:  # (low, high)
+    """Percentile bootstrap of any statistic of n examples; all resamples are handed over at once."""
+    import numpy as np
+    from scipy.stats import bootstrap
+
+    how = dict(n_resamples=resamples, confidence_level=level, method="percentile", vectorized=True)
+    draw = np.random.default_rng(seed)
+    found = bootstrap((np.arange(n),), lambda i, axis=-1: statistic(i), random_state=draw, **how)
+    return tuple(found.confidence_interval)
+
+# %% ../nbs/04_evaluation.ipynb #b1a5ed06
+def class_moments(
+    sums: dict,  # {class: (n, mean, sum of squared deviations)} so far; {} before the first batch
+    a: torch.Tensor,  # (B, …) one more batch
+    y: torch.Tensor,  # (B,) class numbers
+) -> dict:  # `sums`, changed in place, in float64
+    """One more batch for means and variances by class; the variance is the sum over n - 1."""
+    a = (a.cpu() if a.device.type == "mps" else a).double()  # Metal has no float64
+    need_equal(y.dim(), 1, "dimensions of the labels")
+    y = y.to(a.device)
+    for c in y.unique().tolist():
+        need_number(0, whole=True, label=c)
+        part = a[y == c]
+        n, mean = len(part), part.mean(0)
+        squares = (part - mean).square().sum(0)
+        if c in sums:
+            n0, mean0, squares0 = sums[c]
+            step, n = mean - mean0, n0 + n
+            mean = mean0 + step * (len(part) / n)
+            squares = squares0 + squares + step.square() * (n0 * len(part) / n)
+        sums[c] = n, mean, squares
+    return sums
 
 # %% ../nbs/04_evaluation.ipynb #5fc8349c
 @torch.no_grad()

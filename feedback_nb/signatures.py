@@ -16,33 +16,43 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .feedback import FeedbackModel, _check_steps, edit, find_layers
+from .checks import need_equal, need_known, need_number
+from .evaluation import class_moments
+from .feedback import FeedbackModel, edit, find_layers
 from .training import batches, kept_modes, kept_random_state
 
 # %% ../nbs/37_signatures.ipynb #bfabdbeb
 def _network(model):
-    """Where layer names are looked up: the network that a feedback model wraps, or the model itself."""
-    inner = [getattr(model, name, None) for name in ("backbone", "net")] if isinstance(model, FeedbackModel) else []
+    """Where layer names are looked up: the network that a feedback model wraps, or the model."""
+    known = ("backbone", "net") if isinstance(model, FeedbackModel) else ()
+    inner = [getattr(model, name, None) for name in known]
     return next((net for net in inner if isinstance(net, nn.Module)), model)
+
+
+def _device(model):
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def _passes(model, x, steps, steer):
     """The output of every pass, one after the other."""
-    if not isinstance(model, FeedbackModel):
-        if steps or steer is not None:
-            raise ValueError(f"{type(model).__name__} is no FeedbackModel: it has one pass and cannot be steered; leave steps and steer out, or wrap it (LRM, CBL)")
+    loops = isinstance(model, FeedbackModel)
+    steered = loops and "steer" in inspect.signature(model.step).parameters
+    if steer is not None and not steered or steps and not loops:
+        what = "cannot be steered" if loops else "has one pass"
+        remedy = "leave steps and steer out, or wrap it (LRM, CBL)"
+        raise ValueError(f"{type(model).__name__} {what}: {remedy}")
+    if not loops:
         yield model(x)
         return
-    if steer is not None and "steer" not in inspect.signature(model.step).parameters:
-        raise ValueError(f"{type(model).__name__} cannot be steered; leave steer out, or use an LRM")
-    steps = _check_steps(model.steps if steps is None else steps)
+    steps = model.steps if steps is None else steps
+    need_number(0, whole=True, steps=steps)
     context = {} if steer is None else {"steer": steer}
     for state in islice(model.states(x, whole=False, **context), steps + 1):
         yield state.y
 
 # %% ../nbs/37_signatures.ipynb #b12bca7a
 def _note(seen, name, output):
-    """A forward hook's note of what a layer returned; a copy, for a later layer may write into it."""
+    """A forward hook's note of an output; a copy, for a later layer may write into it."""
     seen[name] = output.detach().clone() if torch.is_tensor(output) else output
 
 
@@ -57,8 +67,8 @@ def _record(model, x, layers, steps, steer):
             outputs.append(output)
             for name in layers:
                 if not torch.is_tensor(seen.get(name)):
-                    found = f"returned {type(seen[name]).__name__}, not one tensor" if name in seen else "did not run for this input"
-                    raise ValueError(f"layer {name!r} {found}; choose a layer that runs and returns a tensor")
+                    kind = f"returned {type(seen[name]).__name__}" if name in seen else "did not run"
+                    raise ValueError(f"layer {name!r} {kind}; choose one that returns a tensor")
                 rows[name].append(seen[name])
     return rows, outputs
 
@@ -67,18 +77,18 @@ def _record(model, x, layers, steps, steer):
 def responses(
     model: nn.Module,  # an LRM, any other FeedbackModel, or a plain module (one pass)
     x,  # input as the model takes it, (B, …)
-    layers: "Sequence[str] | str",  # names in the wrapped network (an LRM's backbone, a CBL's net); unknown ones raise `ValueError` with close ones
+    layers: Sequence[str] | str,  # names in the wrapped network (an LRM's backbone, a CBL's net)
     *,
-    steps: "int | None" = None,  # T; None: the model's own; every one is made, whatever the model's tolerance
+    steps: int | None = None,  # T; None: the model's own; every one is made, whatever its tolerance
     steer=None,  # a `Steer`, for models that can be steered
-) -> "dict[str, torch.Tensor]":  # {layer: (T+1, B, …)}
-    """What layers hand on to the rest of the network in every pass, in eval mode: after modulation, where a layer is modulated."""
+) -> dict[str, torch.Tensor]:  # {layer: (T+1, B, …)}
+    """What layers hand on to the rest of the network in every pass, modulated, in eval mode."""
     rows, _ = _record(model, x, layers, steps, steer)
     return {name: torch.stack(held) for name, held in rows.items()}
 
 # %% ../nbs/37_signatures.ipynb #719fa5dc
 class Moments(NamedTuple):
-    """What a localizer needs to know of its images: count, mean and variance of every unit for each category."""
+    """What a localizer needs to know of its images, by category."""
 
     classes: tuple  # K names, or numbers where the data have no names
     count: torch.Tensor  # (K,) images
@@ -88,7 +98,7 @@ class Moments(NamedTuple):
     units: str  # "place" or "channel"
 
     def scale(self) -> dict:
-        """{layer: root mean square over units of the standard deviation over all images, pass 0}: one ruler for each layer."""
+        """{layer: RMS over units of the standard deviation over all images, pass 0}: one ruler."""
         n, found = self.count.double(), {}
         for layer, mean in self.mean.items():
             m, v = mean[:, 0].cpu().flatten(1), self.var[layer][:, 0].cpu().flatten(1)
@@ -99,71 +109,59 @@ class Moments(NamedTuple):
 
 
 def _units(held, units):
-    """(T+1, B, units…): every number of a layer is a unit ("place"), or the mean of a channel over all places ("channel")."""
+    """(T+1, B, units…): each number is a unit ("place"), or a channel's mean over all places."""
+    need_known(units, ("place", "channel"), "kind of units")
     if units == "place" or held.dim() < 4:
         return held
-    return held.flatten(3).mean(3) if held.dim() > 4 else held.mean(2)  # maps (…, C, H, W), tokens (…, N, D)
-
-
-def _merge(old, a):
-    """(n, mean, sum of squared deviations) after one more batch a (T+1, n, …), by the update of Chan and others (1979)."""
-    n, mean = a.shape[1], a.mean(1)
-    squares = (a - mean[:, None]).square().sum(1)
-    if old is None:
-        return n, mean, squares
-    n0, mean0, squares0 = old
-    step = mean - mean0
-    return n0 + n, mean0 + step * (n / (n0 + n)), squares0 + squares + step.square() * (n0 * n / (n0 + n))
+    return held.flatten(3).mean(3) if held.dim() > 4 else held.mean(2)  # maps, tokens (…, N, D)
 
 # %% ../nbs/37_signatures.ipynb #2a18b957
 def moments(
     model: nn.Module,  # as for `responses`
-    data,  # a Dataset of (image, category number) or a DataLoader, read once, batch by batch; at least two categories of two images
-    layers: "Sequence[str] | str",
+    data,  # a Dataset of (image, category number) or a DataLoader, read once, batch by batch
+    layers: Sequence[str] | str,
     *,
-    classes: "Sequence[str] | None" = None,  # names of category 0, 1, …; None: the data's own, or the numbers
-    steps: "int | None" = None,  # as for `responses`
-    units: str = "place",  # a unit is a channel at one place; "channel": the mean of a channel over all places
-    prepare: "Callable | None" = None,  # x (B, …) -> x, on the model's device, e.g. a normalisation
+    classes: Sequence[str] | None = None,  # names of category 0, 1, …; None: the data's own
+    steps: int | None = None,  # as for `responses`
+    units: str = "place",  # a unit is a channel at one place; "channel": its mean over all places
+    prepare: Callable | None = None,  # x (B, …) -> x, on the model's device, e.g. a normalisation
     batch_size: int = 256,  # does not change the result
 ) -> Moments:  # memory does not grow with the number of images
-    """How every unit answers to each category; `ValueError` names what is missing."""
-    if units not in ("place", "channel"):
-        raise ValueError(f"units must be 'place' or 'channel', got {units!r}")
+    """How every unit answers to each of two or more categories of two or more images."""
     layers = [layers] if isinstance(layers, str) else list(layers)
-    names = classes if classes is not None else getattr(data, "classes", None) or getattr(getattr(data, "dataset", None), "classes", None)
-    device, sums, eps = next((p.device for p in model.parameters()), torch.device("cpu")), {}, {}
+    sets = (data, getattr(data, "dataset", None))
+    own = [names for names in (getattr(part, "classes", None) for part in sets) if names]
+    names = classes if classes is not None else next(iter(own), None)
+    device, sums, eps = _device(model), {layer: {} for layer in layers}, {}
     with kept_random_state(device):  # reading data seeds the generators
         for _, _, (x, y) in batches(data, batch_size):
-            if y.dim() != 1 or y.is_floating_point():
-                raise ValueError(f"a localizer needs one category number for each image, got labels of shape {tuple(y.shape)}, {y.dtype}")
-            x = x.to(device)
-            held, y = responses(model, x if prepare is None else prepare(x), layers, steps=steps), y.to(device)
-            for layer, a in held.items():
-                eps[layer], a = torch.finfo(a.dtype).eps, _units(a, units)
-                a = (a.cpu() if a.device.type == "mps" else a).double()
-                for c in y.unique().tolist():
-                    sums[c, layer] = _merge(sums.get((c, layer)), a[:, (y == c).to(a.device)])
-    return _moments(sums, layers, names, eps, units)
+            x = x.to(device) if prepare is None else prepare(x.to(device))
+            for layer, a in responses(model, x, layers, steps=steps).items():
+                eps[layer] = torch.finfo(a.dtype).eps
+                class_moments(sums[layer], _units(a, units).movedim(1, 0), y)
+    return _moments(sums, names, eps, units)
 
 
-def _moments(sums, layers, names, eps, units):
+def _moments(sums, names, eps, units):
     """The sums as `Moments`, once it is clear that every category has a variance."""
-    found = sorted({c for c, _ in sums})
+    found = sorted(next(iter(sums.values())))
     names = found if names is None else list(names)
     numbers = found if names == found else range(len(names))
-    if found and not 0 <= found[0] <= found[-1] < len(names) and names != found:
-        raise ValueError(f"categories run from {found[0]} to {found[-1]}, but there are names for 0…{len(names) - 1}")
-    if len(names) < 2:
-        raise ValueError(f"a localizer compares a category with others: at least two are needed, got {names}")
-    count = [sums[c, layers[0]][0] if (c, layers[0]) in sums else 0 for c in numbers]
-    if few := [f"{name!r} has {n}" for name, n in zip(names, count) if n < 2]:
-        raise ValueError(f"every category needs at least two images for a variance; {', '.join(few)}")
-    mean = {layer: torch.stack([sums[c, layer][1] for c in numbers]) for layer in layers}
-    var = {layer: torch.stack([sums[c, layer][2] / (n - 1) for c, n in zip(numbers, count)]) for layer in layers}
-    for layer in layers:
+    seen = next(iter(sums.values()))
+    count = [seen[c][0] if c in seen else 0 for c in numbers]
+    few = [f"{name!r} has {n}" for name, n in zip(names, count) if n < 2]
+    few += [f"category {c} has no name" for c in found if c not in numbers]
+    if len(names) < 2 or few:
+        found = ", ".join(few) or f"there is {names}"
+        raise ValueError(f"a localizer needs two named categories of two images each; {found}")
+    mean = {layer: torch.stack([each[c][1] for c in numbers]) for layer, each in sums.items()}
+    var = {
+        layer: torch.stack([each[c][2] / (n - 1) for c, n in zip(numbers, count)])
+        for layer, each in sums.items()
+    }
+    for layer in sums:
         if not (mean[layer].isfinite().all() and var[layer].isfinite().all()):
-            raise ValueError(f"layer {layer!r} holds values that are not finite; clean the data or look at the weights before that layer")
+            raise ValueError(f"layer {layer!r} holds values that are not finite; clean the data")
     return Moments(tuple(names), torch.tensor(count), mean, var, eps, units)
 
 # %% ../nbs/37_signatures.ipynb #2cebcebd
@@ -172,8 +170,8 @@ class Localizer(NamedTuple):
 
     target: object  # the category, as `Moments.classes` has it
     others: tuple  # the K-1 it was compared with
-    t: dict  # {layer: (K-1, T+1, …)}, t values; 0 where neither category differs from the other by more than rounding
-    p: dict  # the same shapes: one-sided p-values, adjusted over the units of a layer, pass and comparison
+    t: dict  # {layer: (K-1, T+1, …)}, t values; 0 where two categories differ by rounding only
+    p: dict  # the same shapes: one-sided, adjusted over the units of a layer, pass and comparison
     selective: dict  # {layer: (T+1, …) bool}
 
     def units(self, t: int = 0) -> dict:
@@ -182,7 +180,8 @@ class Localizer(NamedTuple):
 
     def share(self) -> dict:
         """{layer: [share of selective units of each pass]}."""
-        return {layer: found.flatten(1).double().mean(1).tolist() for layer, found in self.selective.items()}
+        found = self.selective.items()
+        return {layer: each.flatten(1).double().mean(1).tolist() for layer, each in found}
 
 
 def localize(
@@ -190,27 +189,31 @@ def localize(
     target,  # a category, as `moments.classes` has it
     *,
     q: float = 0.05,  # false discovery rate in (0, 1)
-    equal_var: bool = False,  # False: Welch's test; True: Student's, with one variance for both categories
-    method: str = "bh",  # Benjamini and Hochberg; "by": Benjamini and Yekutieli, for any dependence between units
-) -> Localizer:  # `ValueError` for an unknown target or a q outside of (0, 1)
-    """Select the units whose response to the target is higher than to every other category, each by a t-test (after Konkle and Alvarez, 2023)."""
+    equal_var: bool = False,  # False: Welch's test; True: Student's
+    method: str = "bh",  # Benjamini and Hochberg; "by": Yekutieli's, for any dependence of units
+) -> Localizer:
+    """Units whose response to the target is higher than to every other category, by t-tests."""
     import numpy as np
     from scipy.stats import false_discovery_control, ttest_ind_from_stats
 
-    if target not in moments.classes:
-        raise ValueError(f"target {target!r} is none of the categories; they are {', '.join(map(repr, moments.classes))}")
-    if not 0 < q < 1:
-        raise ValueError(f"q is a false discovery rate, between 0 and 1, got {q!r}")
+    need_known(target, moments.classes, "category of these moments")
+    need_number(0, 1, strict=True, q=q)
     k, (t, p, selective) = moments.classes.index(target), ({}, {}, {})
     rest, n = [i for i in range(len(moments.classes)) if i != k], moments.count.numpy()
+    how = dict(equal_var=equal_var, alternative="greater")
     for layer, mean in moments.mean.items():
-        shape, (mean, std) = mean.shape, (a.cpu().flatten(2).numpy() for a in (mean, moments.var[layer].sqrt()))
+        shape, spread = mean.shape, moments.var[layer].sqrt()
+        mean, std = (a.cpu().flatten(2).numpy() for a in (mean, spread))
+        others = mean[rest], std[rest], n[rest][:, None, None]
         with np.errstate(all="ignore"):
-            found = ttest_ind_from_stats(mean[k], std[k], n[k], mean[rest], std[rest], n[rest][:, None, None], equal_var=equal_var, alternative="greater")
-        # a unit that never changes has no t value, and what looks like a difference may be rounding in its mean
-        same = np.isnan(found.statistic) | (abs(mean[k] - mean[rest]) <= 8 * moments.eps[layer] * abs(mean).max(0))
-        adjusted = false_discovery_control(np.where(same, 1.0, found.pvalue), axis=-1, method=method)
-        t[layer], p[layer] = (torch.as_tensor(v).view(len(rest), *shape[1:]) for v in (np.where(same, 0.0, found.statistic), adjusted))
+            found = ttest_ind_from_stats(mean[k], std[k], n[k], *others, **how)
+        # a unit that never changes has no t value; a difference may be rounding in its mean
+        rounding = 8 * moments.eps[layer] * abs(mean).max(0)
+        same = np.isnan(found.statistic) | (abs(mean[k] - mean[rest]) <= rounding)
+        pvalue = np.where(same, 1.0, found.pvalue)
+        adjusted = false_discovery_control(pvalue, axis=-1, method=method)
+        values = np.where(same, 0.0, found.statistic), adjusted
+        t[layer], p[layer] = (torch.as_tensor(v).view(-1, *shape[1:]) for v in values)
         selective[layer] = (p[layer] <= q).all(0)
     return Localizer(target, tuple(moments.classes[i] for i in rest), t, p, selective)
 
@@ -219,82 +222,75 @@ def localize(
 def signature(
     model: nn.Module,
     x: torch.Tensor,  # (n, …) images, composites above all
-    groups: dict,  # {name: {layer: bool mask (…) of its units, as `Localizer.units()` gives it}}, the same layers in each
-    thoughts: dict,  # {name: None (not steered), a `Steer`, or a function from the numbers of some images (b,) to a `Steer` for them}
+    groups: dict,  # {name: {layer: bool mask (…) of its units, as from `Localizer.units()`}}
+    thoughts: dict,  # {name: None, a `Steer`, or a function from image numbers (b,) to a `Steer`}
     *,
-    steps: "int | None" = None,  # as for `responses`
+    steps: int | None = None,  # as for `responses`
     units: str = "place",  # as for `moments`
-    prepare: "Callable | None" = None,  # as for `moments`
+    prepare: Callable | None = None,  # as for `moments`
     batch_size: int = 128,  # does not change the result
-) -> "dict[str, torch.Tensor]":  # {layer: (thoughts, groups, T+1, n)}; NaN for a group without a unit in that layer
+) -> dict[str, torch.Tensor]:  # {layer: (thoughts, groups, T+1, n)}; NaN for a group of no units
     """Mean response of groups of units to every image, in every pass, under every thought."""
-    layers = list(next(iter(groups.values())))
-    if wrong := [name for name, masks in groups.items() if list(masks) != layers]:
-        raise ValueError(f"group {wrong[0]!r} has masks for {list(groups[wrong[0]])}, the first group for {layers}; give every group the same layers")
+    layers, device = list(dict.fromkeys(k for g in groups.values() for k in g)), _device(model)
     found = {layer: [[] for _ in thoughts] for layer in layers}
     for rows in torch.arange(len(x)).split(batch_size):
-        part = x[rows.to(x.device)].to(next((p.device for p in model.parameters()), x.device))
+        part = x[rows.to(x.device)].to(device)
         part = part if prepare is None else prepare(part)
         for i, thought in enumerate(thoughts.values()):
-            held = responses(model, part, layers, steps=steps, steer=thought(rows) if callable(thought) else thought)
-            for layer in layers:
-                a, masks = _units(held[layer], units), torch.stack([masks[layer] for masks in groups.values()])
-                if a.shape[2:] != masks.shape[1:]:
-                    raise ValueError(f"layer {layer!r} has units of shape {tuple(a.shape[2:])} ({units=}), the masks are {tuple(masks.shape[1:])}; use the same size of image and the same units as for `moments`")
-                weight = masks.flatten(1).to(a)
+            steer = thought(rows) if callable(thought) else thought
+            for layer, a in responses(model, part, layers, steps=steps, steer=steer).items():
+                a, masks = _units(a, units), [masks.get(layer) for masks in groups.values()]
+                for mask in masks:
+                    shape = () if mask is None else tuple(mask.shape)
+                    need_equal(shape, tuple(a.shape[2:]), f"units in the masks of {layer!r}")
+                weight = torch.stack(masks).flatten(1).to(a)
                 mean = a.flatten(2) @ (weight / weight.sum(1, keepdim=True)).T  # (T+1, b, groups)
                 found[layer][i].append(mean.permute(2, 0, 1))
-    return {layer: torch.stack([torch.cat(parts, 2) for parts in each]) for layer, each in found.items()}
+    cat = lambda parts: torch.cat(parts, 2)
+    return {layer: torch.stack([*map(cat, each)]) for layer, each in found.items()}
 
 # %% ../nbs/37_signatures.ipynb #9d0a9dbe
-def _at(name, passes):
-    """("relu5", 1) of "relu5@1"; without a pass the last one."""
-    layer, at, t = name.rpartition("@")
-    if not at:
-        return name, passes - 1
-    if not t.isdigit() or int(t) >= passes:
-        raise ValueError(f"{name!r}: the pass after '@' must be a whole number from 0 to {passes - 1}, got {t!r}")
-    return layer, int(t)
-
-
 def named_responses(
     model: nn.Module,
     x: torch.Tensor,  # (B, …)
-    names: "Sequence[str]",  # "layer@pass", e.g. "relu5@1"; "layer" alone is the last pass; "logits" the output
+    names: Sequence[str],  # "relu5@1": layer@pass; without a pass: the last; "logits": the output
     *,
-    steps: "int | None" = None,  # as for `responses`
+    steps: int | None = None,  # as for `responses`
     steer=None,
 ) -> OrderedDict:  # {name: numpy array (B, …)}, in the order of the names
-    """The responses of layers in single passes, as tools expect them that know one response for each layer name."""
-    layers = [name.rpartition("@")[0] or name for name in names]
+    """Responses of layers in single passes, for tools that know one response for each layer name."""
+    at = {name: name.rpartition("@") if "@" in name else (name, "", "") for name in names}
+    layers = list(dict.fromkeys(layer for layer, *_ in at.values() if layer != "logits"))
     with torch.no_grad():
-        rows, outputs = _record(model, x, list(dict.fromkeys(layer for layer in layers if layer != "logits")), steps, steer)
-    rows, found = {**rows, "logits": outputs}, OrderedDict()
-    for name in names:
-        layer, t = _at(name, len(outputs))
+        rows, outputs = _record(model, x, layers, steps, steer)
+    rows, last, found = {**rows, "logits": outputs}, len(outputs) - 1, OrderedDict()
+    for name, (layer, sign, t) in at.items():
+        t = int(t) if t.isdigit() else t if sign else last
+        need_number(0, last, whole=True, **{f"the pass of {name!r}": t})
         found[name] = rows[layer][t].detach().cpu().numpy()
     return found
 
 # %% ../nbs/37_signatures.ipynb #c054220a
 def brainscore(
     model: nn.Module,  # as for `responses`
-    preprocessing: "Callable",  # paths of images -> (B, …) array, e.g. Brain-Score's load_preprocess_images with an image_size
-    identifier: str,  # Brain-Score keeps results under this name: one name for one set of weights, steps and steering
+    preprocessing: Callable,  # paths of images -> (B, …) array
+    identifier: str,  # Brain-Score keeps results under it: one for weights, steps and steering
     *,
-    steps: "int | None" = None,
+    steps: int | None = None,
     steer=None,
     batch_size: int = 64,
-):  # an activations model, for `brainscore_vision.model_helpers.brain_transformation.ModelCommitment`
-    """Expose layers per pass to Brain-Score, under names such as "relu5@1"; `ImportError` says what to install."""
+):  # an activations model, for Brain-Score's `ModelCommitment`
+    """Expose layers per pass to Brain-Score, under names such as "relu5@1"."""
     try:
         from brainscore_vision.model_helpers.activations.pytorch import PytorchWrapper
     except ImportError as error:
-        raise ImportError(f'brainscore needs brainscore-vision, which could not be imported ({error}): pip install "feedback_nb[brainscore]", in an environment of its own, for it needs numpy below 2') from error
+        remedy = 'pip install "feedback_nb[brainscore]", in an environment with numpy below 2'
+        raise ImportError(f"brainscore needs brainscore-vision: {remedy}") from error
 
     class Passes(PytorchWrapper):
         def get_activations(self, images, layer_names):
             x = torch.stack([torch.as_tensor(image) for image in images])
-            first = next(self._model.parameters())
-            return named_responses(self._model, x.to(first), layer_names, steps=steps, steer=steer)
+            x = x.to(next(self._model.parameters()))
+            return named_responses(self._model, x, layer_names, steps=steps, steer=steer)
 
     return Passes(model, preprocessing, identifier=identifier, batch_size=batch_size)

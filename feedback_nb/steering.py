@@ -4,102 +4,103 @@
 
 # %% auto #0
 __all__ = ['Steer', 'one_hot', 'contrast', 'instance', 'Prototypes', 'prototype', 'overlay', 'side_by_side', 'triplets',
-           'a_prime', 'Search', 'search', 'text_embeddings', 'Denoiser', 'cosine_schedule', 'TextPrior', 'fit_ridge',
-           'fit_diffusion', 'sample_diffusion']
+           'a_prime', 'Search', 'search', 'composite_scores', 'composite_test']
 
 # %% ../nbs/35_steering.ipynb #b4b8aff3
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations, islice
 from numbers import Real
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
+from .checks import need_known, need_number
+from .evaluation import biased_answer, bootstrap_interval, class_moments, margins
 from .lrm import LRM
+from .text import Denoiser, TextPrior, cosine_schedule, fit_diffusion, fit_ridge
+from .text import sample_diffusion, text_embeddings
 from .training import batches, kept_modes, kept_random_state
 
 # %% ../nbs/35_steering.ipynb #0de3b047
 def _gains(gain) -> tuple:
     """(negative, positive), checked."""
     pair = tuple(gain) if isinstance(gain, (tuple, list)) else (gain, gain)
-    if len(pair) != 2 or not all((isinstance(g, Real) or torch.is_tensor(g) and g.dim() == 0) and 0 <= g < math.inf for g in pair):
-        raise ValueError(f"gain must be one finite number ≥ 0 or a pair (negative, positive) of them, got {gain!r}")
+    numbers = all(isinstance(g, Real) or torch.is_tensor(g) and g.dim() == 0 for g in pair)
+    if len(pair) != 2 or not numbers or not all(0 <= g < math.inf for g in pair):
+        raise ValueError(f"gain must be a finite number ≥ 0 or a pair of them, got {gain!r}")
     return pair
 
 
-def _check_blend(blend, from_first_pass: bool):
-    if not torch.is_tensor(blend):
-        if not 0 <= blend <= 1:
-            raise ValueError(f"blend must be in [0, 1] (0 keeps the source's own output, 1 replaces it), got {blend}")
-    elif blend.dim() != 4 or blend.shape[1] != 1 or not blend.numel() or not ((blend >= 0) & (blend <= 1)).all():
-        raise ValueError(f"a blend map must be (B or 1, 1, h, w) with values in [0, 1], got shape {tuple(blend.shape)} with values from {blend.min() if blend.numel() else '–'} to {blend.max() if blend.numel() else '–'}")
-    elif from_first_pass:
-        raise ValueError("a blend map cannot steer the first pass: there is no output yet to keep outside of it; leave from_first_pass at False")
+def _blend(blend, from_first_pass: bool):
+    """The blend, checked: a number, or a map where there is an output to blend with."""
+    values, is_map = torch.as_tensor(blend), torch.is_tensor(blend)
+    fits = not is_map or blend.dim() == 4 and blend.shape[1] == 1 and not from_first_pass
+    if not (fits and values.numel() and ((values >= 0) & (values <= 1)).all()):
+        found = tuple(blend.shape) if is_map else blend
+        raise ValueError(f"blend must be in [0, 1], a map (B, 1, h, w) but for the first pass: {found}")
+    return blend
 
 # %% ../nbs/35_steering.ipynb #9c6ea921
 class Steer:
-    """What to put in the place of a source's own output, for one call: `model.trajectory(x, steer=Steer(...))`."""
+    """What to put in the place of a source's own output, for one call of a model."""
 
     def __init__(
         self,
         source: str,  # a source layer of the model
-        vector: torch.Tensor,  # floating point: (C,) for all examples, (B, C) for one each, (B or 1, C, h, w) for a vector at every place
-        gain: "float | tuple[float, float]" = 1.0,  # factor on σ⁻ and σ⁺ of this source's connections, or a pair; the paper's α
-        blend: "float | torch.Tensor" = 1.0,  # β: how much of the source's own output is replaced; a map (B or 1, 1, h, w) for a β at every place
-        from_first_pass: bool = False,  # steer the very first pass too (there is no output to blend with then: the vector stands alone)
+        vector: torch.Tensor,  # floating point: (C,), (B, C), or (B or 1, C, h, w) for every place
+        gain: float | tuple[float, float] = 1.0,  # factor on σ⁻ and σ⁺ of this source; the paper's α
+        blend: float | torch.Tensor = 1.0,  # β in [0, 1], or a map (B or 1, 1, h, w)
+        from_first_pass: bool = False,  # steer the very first pass too: the vector stands alone
     ):
-        if not torch.is_tensor(vector) or not vector.is_floating_point():
-            raise ValueError(f"vector must be a floating-point tensor, got {vector.dtype if torch.is_tensor(vector) else type(vector).__name__}; use one_hot(…) for a class number, .float() for integers")
-        if vector.dim() not in (1, 2, 4) or not vector.numel():
-            raise ValueError(f"vector must be (C,), (B, C) or (B, C, h, w), got shape {tuple(vector.shape)}")
-        if not vector.isfinite().all():
-            raise ValueError("the steering vector holds a value that is not finite")
-        _check_blend(blend, from_first_pass)
+        fits = torch.is_tensor(vector) and vector.is_floating_point() and vector.numel()
+        if not fits or vector.dim() not in (1, 2, 4) or not vector.isfinite().all():
+            found = f"{vector.dtype} {tuple(vector.shape)}" if torch.is_tensor(vector) else vector
+            raise ValueError(f"vector must be finite floats (C,), (B, C) or (B, C, h, w), got {found}")
         self.sources, self.source = (source,), source
         self.vector = vector[None] if vector.dim() == 1 else vector
-        self.gains, self.blend, self.from_first_pass = {source: _gains(gain)}, blend, from_first_pass
+        self.gains, self.blend = {source: _gains(gain)}, _blend(blend, from_first_pass)
+        self.from_first_pass = from_first_pass
 
-    def replace(self, stored: dict) -> dict:  # {source: tensor} after a pass ({} before the first) -> {source: its replacement}
+    def replace(
+        self,
+        stored: dict,  # {source: tensor} after a pass, channels at 1; {} before the first
+    ) -> dict:  # {source: its replacement}
         """What stands in the source's place in the next pass."""
-        if torch.is_tensor(self.blend):
-            return {self.source: _blended(stored[self.source], self.vector, self.blend, self.source)}
-        if self.blend == 0:
+        if not torch.is_tensor(self.blend) and self.blend == 0:
             return {}
-        if self.source not in stored:
+        own = stored.get(self.source)
+        if own is None:
             return {self.source: self.vector}
-        own, vector = _aligned(stored[self.source], self.vector, self.source)
-        return {self.source: vector.expand_as(own) if self.blend == 1 else torch.lerp(own, vector, self.blend)}
+        return {self.source: _mixed(own, self.vector, self.blend, self.source)}
 
     def __repr__(self):
-        blend = f"map of shape {tuple(self.blend.shape)}" if torch.is_tensor(self.blend) else self.blend
-        return f"Steer({self.source!r}, vector of shape {tuple(self.vector.shape)}, gain={self.gains[self.source]}, blend={blend}, from_first_pass={self.from_first_pass})"
+        blend = tuple(self.blend.shape) if torch.is_tensor(self.blend) else self.blend
+        how = f"gain={self.gains[self.source]}, blend={blend}, from_first_pass={self.from_first_pass}"
+        return f"Steer({self.source!r}, vector of shape {tuple(self.vector.shape)}, {how})"
 
 # %% ../nbs/35_steering.ipynb #b972d26a
-def _aligned(own: torch.Tensor, vector: torch.Tensor, source: str) -> tuple:
-    """The source's output and the vector in one shape, on the output's device and dtype."""
-    if own.shape[1] != vector.shape[1]:  # the model hands its sources over with their channels at 1
-        raise ValueError(f"steering {source!r} needs a vector of {own.shape[1]} channels, got shape {tuple(vector.shape)}")
-    if len(vector) not in (1, len(own)):
-        raise ValueError(f"steering {source!r}: {len(vector)} vectors for a batch of {len(own)}; give one vector, or one for each example")
+def _mixed(own: torch.Tensor, vector: torch.Tensor, blend, source: str) -> torch.Tensor:
+    """β·vector + (1-β)·own, on the output's device and dtype; its bits stay where a map is 0."""
+    local = torch.is_tensor(blend)
+    many = {len(vector), len(blend) if local else 1}
+    maps = local or vector.dim() == 4
+    if own.shape[1] != vector.shape[1] or not many <= {1, len(own)} or maps and own.dim() not in (2, 4):
+        shapes = f"{tuple(vector.shape)}, blend {tuple(blend.shape) if local else blend}"
+        raise ValueError(f"steering {source!r}: {shapes} does not fit outputs {tuple(own.shape)}")
+    if local and vector.dim() == 2:
+        vector = vector[:, :, None, None].expand(-1, -1, *blend.shape[2:])
     vector = vector.to(own)
     if vector.dim() == 4:
         own = own[:, :, None, None] if own.dim() == 2 else own
-        if own.dim() != 4:
-            raise ValueError(f"steering {source!r}: a vector at every place (B, C, h, w) needs a source of vectors or maps, this one gives shape {tuple(own.shape)}")
-        vector = vector if own.shape[2:] == (1, 1) else F.interpolate(vector, size=own.shape[2:], mode="bilinear")
-        return own.expand(-1, -1, *vector.shape[2:]), vector
-    return own, vector.view(*vector.shape, *[1] * (own.dim() - 2))
-
-# %% ../nbs/35_steering.ipynb #770c8725
-def _blended(own: torch.Tensor, vector: torch.Tensor, blend: torch.Tensor, source: str) -> torch.Tensor:
-    """β·vector + (1-β)·own with a β at every place: where it is 0 the source's own output stays, to the last bit."""
-    if len(blend) not in (1, len(own)):
-        raise ValueError(f"steering {source!r}: {len(blend)} blend maps for a batch of {len(own)}; give one, or one for each example")
-    vector = vector if vector.dim() == 4 else vector[:, :, None, None].expand(-1, -1, *blend.shape[2:])
-    own, vector = _aligned(own, vector, source)
+        if own.shape[2:] != (1, 1):
+            vector = F.interpolate(vector, size=own.shape[2:], mode="bilinear")
+        own = own.expand(-1, -1, *vector.shape[2:])
+    else:
+        vector = vector.view(*vector.shape, *[1] * (own.dim() - 2))
+    if not local:
+        return vector.expand_as(own) if blend == 1 else torch.lerp(own, vector, blend)
     blend = blend.to(own)
     if blend.shape[2:] != own.shape[2:]:
         blend = F.interpolate(blend, size=own.shape[2:], mode="bilinear")
@@ -107,44 +108,50 @@ def _blended(own: torch.Tensor, vector: torch.Tensor, blend: torch.Tensor, sourc
 
 # %% ../nbs/35_steering.ipynb #32339144
 def one_hot(
-    classes: "int | Sequence[int] | torch.Tensor",  # one class or several
+    classes: int | Sequence[int] | torch.Tensor,  # one class or several
     n_classes: int,
     *,
-    scale: float = 1.0,  # the value at the class; a source that is layer-normalised (published motif) does not see it
+    scale: float = 1.0,  # the value at the class; a layer-normalised source does not see it
 ) -> torch.Tensor:  # (n, n_classes), float32
-    """The crudest steering vector: `scale` at the class, 0 elsewhere; `ValueError` for a class that does not exist."""
+    """The crudest steering vector: `scale` at the class, 0 elsewhere."""
     classes = torch.as_tensor(classes).reshape(-1)
-    if classes.is_floating_point() or ((classes < 0) | (classes >= n_classes)).any():
-        raise ValueError(f"classes must be whole numbers from 0 to {n_classes - 1}, got {classes.tolist()}")
+    for c in classes.tolist():
+        need_number(0, n_classes - 1, whole=True, class_number=c)
     return scale * F.one_hot(classes.long(), n_classes).float()
+
+
+def _alike(a, b, needs: str, ok: bool = True):
+    """Two tensors of one shape, and what else is needed."""
+    if a.shape != b.shape or not ok:
+        found = f"{tuple(a.shape)} and {tuple(b.shape)}, {a.dtype}"
+        raise ValueError(f"two {needs} of one shape are needed, got {found}")
 
 
 def contrast(
     toward: torch.Tensor,  # (C,) or (n, C)
     away: torch.Tensor,  # of the same shape
 ) -> torch.Tensor:  # v₁ - v₂
-    """Look for the one rather than the other; `ValueError` when the shapes differ."""
-    if toward.shape != away.shape:
-        raise ValueError(f"a contrast needs two vectors of one shape, got {tuple(toward.shape)} and {tuple(away.shape)}")
+    """Look for the one rather than the other."""
+    _alike(toward, away, "vectors")
     return toward - away
 
 # %% ../nbs/35_steering.ipynb #c8f51ab7
-def _source(model: LRM, source: "str | None") -> str:
+def _source(model: LRM, source: str | None) -> str:
     names = list(model.sources)
-    if source is not None and source not in names:
-        raise ValueError(f"{source!r} is no source of this model; its sources are {names}")
-    return names[-1] if source is None else source
+    source = names[-1] if source is None else source
+    need_known(source, names, "source of this model")
+    return source
 
 
 @torch.no_grad()
 def instance(
     model: LRM,
     x: torch.Tensor,  # pictures, (B, …)
-    source: "str | None" = None,  # None: the source nearest to the output
+    source: str | None = None,  # None: the source nearest to the output
     *,
-    steps: "int | None" = None,  # after how many modulated passes; None: the model's own; 0: the plain pass
+    steps: int | None = None,  # after how many modulated passes; None: the model's own
 ) -> torch.Tensor:  # (B, C), or as the source's output is shaped
-    """What a source says of these very pictures, in eval mode; of tokens (B, N, C) take `.mean(1)` to steer with."""
+    """What a source says of these very pictures, in eval mode; steer with `.mean(1)` of tokens."""
     name = _source(model, source)
     with kept_modes(model):
         model.eval()
@@ -152,97 +159,64 @@ def instance(
 
 # %% ../nbs/35_steering.ipynb #c3a0ac06
 class Prototypes(NamedTuple):
-    """Means over categories; index `mean` by class for a steering vector, by `[c : c + 1]` where the source gives maps."""
+    """Means over categories; `mean[c]` steers, `mean[c : c + 1]` where the source gives maps."""
 
     mean: torch.Tensor  # (classes, C, …)
-    stderr: torch.Tensor  # standard error of every mean (n-1), (classes, C, …); NaN for a class of one example
+    stderr: torch.Tensor  # standard error of every mean (n-1); NaN for a class of one example
     count: torch.Tensor  # (classes,) examples
 
 
 def prototype(
     model: LRM,
     data,  # a Dataset of (picture, class) or a DataLoader, read once, batch by batch
-    source: "str | None" = None,  # None: the source nearest to the output
+    source: str | None = None,  # None: the source nearest to the output
     *,
-    n_classes: "int | None" = None,  # None: as many as `data.classes` has, or the largest label and one
-    steps: "int | None" = None,  # as for `instance`
+    n_classes: int | None = None,  # None: as `data.classes` has, or the largest label and one
+    steps: int | None = None,  # as for `instance`
     batch_size: int = 256,
 ) -> Prototypes:
-    """What a source says of each category on average; `ValueError` names a category without an example."""
-    known = n_classes if n_classes is not None else len(getattr(data, "classes", ()))
-    device, moments = next(model.parameters()).device, None
+    """What a source says of each category on average."""
+    device, sums = next(model.parameters()).device, {}
+    known = len(getattr(data, "classes", ())) if n_classes is None else n_classes
     with kept_random_state(device):  # reading data seeds the generators
         for _, _, (x, y) in batches(data, batch_size):
             a = instance(model, x.to(device), source, steps=steps)
-            kind, a = a.dtype, (a.cpu() if a.device.type == "mps" else a).double()  # Metal has no float64
-            y = _labels(y, n_classes).to(a.device)
-            moments = _merged(moments, a, y, max(known, int(y.max()) + 1, 0 if moments is None else len(moments[0])))
-    if moments is None:
-        raise ValueError("the data hold no example; a prototype is a mean over at least one")
-    count, mean, squares = moments
-    if (count == 0).any():
-        raise ValueError(f"class {int((count == 0).nonzero()[0])} has no example, so it has no prototype; give it one, or pass n_classes")
-    per = count.view(-1, *[1] * (mean.dim() - 1))
-    kind = torch.promote_types(kind, torch.float32)
-    return Prototypes(*(leaf.to(device, kind) for leaf in (mean, (squares / (per - 1) / per).sqrt())), count.to(device))
-
-
-def _labels(y, n_classes: "int | None") -> torch.Tensor:
-    """Class numbers as a tensor (B,), checked."""
-    y = torch.as_tensor(y)
-    if y.dim() != 1 or y.is_floating_point() or (y < 0).any():
-        raise ValueError(f"labels must be class numbers ≥ 0 in one dimension, got {y.dtype} of shape {tuple(y.shape)}" + (f" with {y.min()}" if y.numel() else ""))
-    if n_classes is not None and (y >= n_classes).any():
-        raise ValueError(f"label {int(y.max())} is outside of the {n_classes} classes")
-    return y
-
-
-# %% ../nbs/35_steering.ipynb #0c343704
-def _merged(old, a: torch.Tensor, y: torch.Tensor, n: int) -> tuple:
-    """(count, mean, sum of squared deviations) of every class after one more batch, by the update of Chan and others (1979)."""
-    new = lambda: torch.zeros(n, *a.shape[1:], dtype=a.dtype, device=a.device)
-    wide = lambda c: c.view(-1, *[1] * (a.dim() - 1)).to(a.dtype)
-    count = torch.bincount(y, minlength=n)
-    mean = new().index_add_(0, y, a) / wide(count.clamp_min(1))
-    squares = new().index_add_(0, y, (a - mean[y]).square())
-    if old is None:
-        return count, mean, squares
-    before, mean0, squares0 = (F.pad(leaf, [0, 0] * (leaf.dim() - 1) + [0, n - len(leaf)]) for leaf in old)
-    total, step = before + count, mean - mean0
-    part = wide(count) / wide(total.clamp_min(1))
-    return total, mean0 + step * part, squares0 + squares + step.square() * wide(before) * part
+            class_moments(sums, a, y)
+    classes = range(max(known, 1 + max(sums)))
+    need_number(high=math.inf if n_classes is None else n_classes - 1, label=classes[-1])
+    if missing := [c for c in classes if c not in sums]:
+        raise ValueError(f"class {missing[0]} has no example to average; give one, or n_classes")
+    count = torch.tensor([sums[c][0] for c in classes])
+    mean, squares = (torch.stack([sums[c][i] for c in classes]) for i in (1, 2))
+    per, kind = count.view(-1, *[1] * (mean.dim() - 1)), torch.promote_types(a.dtype, torch.float32)
+    stderr = (squares / (per - 1).to(mean) / per).sqrt()  # 0 / 0 for a class of one example
+    return Prototypes(mean.to(device, kind), stderr.to(device, kind), count.to(device))
 
 # %% ../nbs/35_steering.ipynb #5d25f6f7
-def _same_shape(a, b):
-    if a.shape != b.shape or a.dim() < 3:
-        raise ValueError(f"a composite needs two pictures (…, C, H, W) of one shape, got {tuple(a.shape)} and {tuple(b.shape)}")
-
-
 def overlay(
     a: torch.Tensor,  # (…, C, H, W), floating point
     b: torch.Tensor,  # of the same shape
     weight: float = 0.5,  # of `a`, in [0, 1]
 ) -> torch.Tensor:  # weight·a + (1-weight)·b
     """Two pictures through each other, half and half."""
-    _same_shape(a, b)
-    if not a.is_floating_point() or not 0 <= weight <= 1:
-        raise ValueError(f"overlay mixes floating-point pictures with a weight in [0, 1], got {a.dtype} and {weight}")
+    need_number(0, 1, weight=weight)
+    _alike(a, b, "floating-point pictures (…, C, H, W)", a.dim() > 2 and a.is_floating_point())
     return weight * a + (1 - weight) * b
 
 
 def side_by_side(
     a: torch.Tensor,  # left, (…, C, H, W)
     b: torch.Tensor,  # right, of the same shape
-    fit: str = "wide",  # "wide": (…, C, H, 2W), nothing distorted, for networks that take any size; "squeeze": each to half its width, (…, C, H, W)
+    fit: str = "wide",  # (…, C, H, 2W), for networks of any size; "squeeze": (…, C, H, W)
 ) -> torch.Tensor:
     """Two pictures beside each other."""
-    _same_shape(a, b)
+    need_known(fit, ("wide", "squeeze"), "fit")
+    _alike(a, b, "pictures (…, C, H, W)", a.dim() > 2 and (fit == "wide" or a.is_floating_point()))
     both = torch.cat([a, b], -1)
     if fit == "wide":
         return both
-    if fit != "squeeze" or not a.is_floating_point():
-        raise ValueError(f"fit must be 'wide', or 'squeeze' for floating-point pictures, got {fit!r} for {a.dtype}")
-    return F.interpolate(both.flatten(0, -4) if both.dim() > 4 else both.reshape(-1, *both.shape[-3:]), size=a.shape[-2:], mode="bilinear", antialias=True).view(a.shape)
+    flat, how = both.reshape(-1, *both.shape[-3:]), dict(mode="bilinear", antialias=True)
+    return F.interpolate(flat, size=a.shape[-2:], **how).view(a.shape)
 
 # %% ../nbs/35_steering.ipynb #6e535f30
 def triplets(
@@ -250,17 +224,18 @@ def triplets(
     per_pair: int,  # triplets for every pair of classes
     *,
     seed: int = 0,
-) -> torch.Tensor:  # (pairs·per_pair, 3) numbers of pictures: two that are shown, one of a third class that is not
-    """Every pair of classes equally often, the absent class among the others in turn; no picture twice in its role for a pair before all had their turn."""
+) -> torch.Tensor:  # (pairs·per_pair, 3) numbers of pictures: two that are shown, one absent
+    """Every pair of classes equally often, the absent class and the pictures in turn."""
     generator, y = torch.Generator().manual_seed(seed), torch.as_tensor(y).cpu()
     classes = y.unique().tolist()
-    if len(classes) < 3 or per_pair < 1:
-        raise ValueError(f"triplets need at least three classes and one triplet a pair, got classes {classes} and per_pair={per_pair}")
+    need_number(3, number_of_classes=len(classes))
+    need_number(1, whole=True, per_pair=per_pair)
     members = {c: (y == c).nonzero().flatten() for c in classes}
 
     def draw(c, n):  # n members of a class, in shuffled rounds over all of them
-        rounds = [members[c][torch.randperm(len(members[c]), generator=generator)] for _ in range(-(-n // len(members[c])))]
-        return torch.cat(rounds)[:n]
+        own = members[c]
+        rounds = range(-(-n // len(own)))
+        return torch.cat([own[torch.randperm(len(own), generator=generator)] for _ in rounds])[:n]
 
     rows = []
     for i, (a, b) in enumerate(combinations(classes, 2)):
@@ -269,8 +244,8 @@ def triplets(
         turns = {c: draw(c, absent.count(c)) for c in dict.fromkeys(absent)}
         third = torch.stack([turns[c][k // len(others)] for k, c in enumerate(absent)])
         shown = torch.stack([draw(a, per_pair), draw(b, per_pair)], 1)
-        swap = torch.rand(per_pair, generator=generator) < 0.5  # which of them is on the left
-        rows.append(torch.cat([torch.where(swap[:, None], shown.flip(1), shown), third[:, None]], 1))
+        swap = torch.rand(per_pair, 1, generator=generator) < 0.5  # which of them is on the left
+        rows.append(torch.cat([torch.where(swap, shown.flip(1), shown), third[:, None]], 1))
     return torch.cat(rows)
 
 # %% ../nbs/35_steering.ipynb #c4dd8e53
@@ -278,31 +253,35 @@ def a_prime(
     hits,  # rate in [0, 1]: a number or a tensor
     false_alarms,  # rate in [0, 1], of the same shape
 ):  # float, or a float64 tensor
-    """Sensitivity without a distribution: ½ where hits equal false alarms, 1 at best; `ValueError` outside of [0, 1]."""
+    """Sensitivity without a distribution: ½ where hits equal false alarms, 1 at best."""
     h, f = (torch.as_tensor(v, dtype=torch.float64) for v in (hits, false_alarms))
-    if not (((h >= 0) & (h <= 1)).all() and ((f >= 0) & (f <= 1)).all()):
-        raise ValueError(f"hits and false alarms are rates in [0, 1], got {hits} and {false_alarms}")
-    top, low, way = torch.maximum(h, f), torch.minimum(h, f), torch.sign(h - f)
-    d = top - low
-    scale = torch.where(d > 0, 4 * top * (1 - low), torch.ones_like(d))  # top > low, so neither factor is 0
-    score = 0.5 + way * d * (1 + d) / scale
+    for rates in (h, f):
+        need_number(0, 1, lowest_rate=rates.min().item(), highest_rate=rates.max().item())
+    top, low = torch.maximum(h, f), torch.minimum(h, f)
+    d, scale = top - low, torch.where(top > low, 4 * top * (1 - low), 1.0)
+    score = 0.5 + torch.sign(h - f) * d * (1 + d) / scale
     return float(score) if score.dim() == 0 else score
 
 # %% ../nbs/35_steering.ipynb #5023193d
 class Search(NamedTuple):
     """What a steered network said of composites, pass by pass."""
 
-    hits: torch.Tensor  # (n, 2, T+1) bool: steered to the first and to the second shown class, does it answer that?
+    hits: torch.Tensor  # (n, 2, T+1) bool: steered to either shown class, does it answer that?
     false_alarms: torch.Tensor  # (n, T+1) bool: steered to the absent class, does it answer that?
+
+    def last(self) -> tuple:  # (n, 2) and (n, 1)
+        """Hits and false alarms after the last pass."""
+        return self.hits[..., -1], self.false_alarms[:, -1:]
 
     def rates(self) -> dict:
         """Hit rate, false alarm rate and A′ of every pass, each a list of T+1 numbers."""
         h, f = self.hits.double().mean((0, 1)), self.false_alarms.double().mean(0)
-        return {"hits": h.tolist(), "false_alarms": f.tolist(), "a_prime": a_prime(h, f).tolist()}
+        a = a_prime(h, f)
+        return {"hits": h.tolist(), "false_alarms": f.tolist(), "a_prime": a.tolist()}
 
 
-def _looks(model: LRM, x, steers: list, steps: "int | None"):
-    """Outputs of every pass for one steered call after the other; a plain first pass is run once for all."""
+def _looks(model: LRM, x, steers: list, steps: int | None):
+    """Outputs of every pass, one steered call after the other; a plain first pass runs once."""
     steps = model.steps if steps is None else steps
     if model.tol is not None or model.at_once or any(steer.from_first_pass for steer in steers):
         yield from (model.trajectory(x, steps=steps, steer=steer).outputs for steer in steers)
@@ -312,7 +291,8 @@ def _looks(model: LRM, x, steers: list, steps: "int | None"):
         begin = plain._replace(h=model._steered(plain.h, steer))
         loop = model.states(x, start=begin, steer=steer)
         outputs = [state.y for state in islice(loop, steps + 1)]
-        model.check(x, outputs, steer=steer)
+        if model.check_finite:
+            model.check(x, outputs, steer=steer)
         yield outputs
 
 
@@ -322,197 +302,85 @@ def search(
     x: torch.Tensor,  # (N, C, H, W) single pictures
     y: torch.Tensor,  # (N,) their classes
     three: torch.Tensor,  # (n, 3) from `triplets`
-    vectors: torch.Tensor,  # steering vectors: one for every class (classes, K), or with by="picture" one for every picture (N, K)
+    vectors: torch.Tensor,  # steering vectors: (classes, K), or (N, K) with by="picture"
     *,
     by: str = "class",  # or "picture": instance vectors
-    source: "str | None" = None,  # None: the source nearest to the output
+    source: str | None = None,  # None: the source nearest to the output
     compose: Callable = overlay,  # (a, b) -> composite
-    steps: "int | None" = None,  # None: the model's own
+    steps: int | None = None,  # None: the model's own
     batch_size: int = 128,  # composites at a time
     **how,  # as for `Steer`: gain, blend, from_first_pass
 ) -> Search:
-    """Look for each of the three classes of every triplet; the plain pass, the same for the three, runs once."""
-    name, device, said, y = _source(model, source), next(model.parameters()).device, [], _labels(y, None)
-    if by not in ("class", "picture") or len(vectors) < (len(x) if by == "picture" else int(y.max()) + 1):
-        raise ValueError(f"by must be 'class' or 'picture', with a vector for each; got {by!r} and {len(vectors)} vectors")
+    """Look for each of the three classes of every triplet; they share the plain pass."""
+    need_known(by, ("class", "picture"), "way to give vectors")
+    name, device, said = _source(model, source), next(model.parameters()).device, []
+    y = torch.as_tensor(y)
+    need_number(len(x) if by == "picture" else int(y.max()) + 1, number_of_vectors=len(vectors))
     with kept_modes(model):
         model.eval()
         for rows in three.split(batch_size):
             shown = compose(x[rows[:, 0]], x[rows[:, 1]]).to(device)
-            steers = [Steer(name, vectors[target if by == "picture" else y[target]], **how) for target in rows.T]  # first, second, absent
-            answers = torch.stack([torch.stack([output.argmax(1) for output in outputs], 1).cpu() for outputs in _looks(model, shown, steers, steps)])
-            said.append(answers == y[rows.T].cpu()[..., None])
+            asked = rows.T if by == "picture" else y[rows.T]  # first, second, absent
+            steers = [Steer(name, vectors[target], **how) for target in asked]
+            looks = _looks(model, shown, steers, steps)
+            answers = [torch.stack([out.argmax(1) for out in look], 1).cpu() for look in looks]
+            said.append(torch.stack(answers) == y[rows.T].cpu()[..., None])
     right = torch.cat(said, 1)
     return Search(right[:2].transpose(0, 1), right[2])
 
-# %% ../nbs/35_steering.ipynb #0f1fd78b
-def text_embeddings(
-    words: "Sequence[str]",  # names of categories
-    encoder: "Callable | str" = "ViT-B-32",  # a function from a list of texts to (n, D), or the name of an open_clip model
-    *,
-    pretrained: str = "openai",  # which weights of that open_clip model; downloaded by open_clip
-    template: str = "a photo of a {}",
-    device=None,
-) -> torch.Tensor:  # (n, D), each of length 1
-    """Embeddings of category names; needs the extra `text` (open_clip) unless an encoder is given."""
-    texts = [template.format(word) for word in words]
-    if isinstance(encoder, str):
-        try:
-            import open_clip
-        except ImportError as error:
-            raise ImportError('text_embeddings needs open_clip: pip install "feedback_nb[text]", or pass your own encoder, a function from texts to (n, D)') from error
-        net = open_clip.create_model(encoder, pretrained=pretrained, device=device or "cpu").eval()
-        tokens = open_clip.get_tokenizer(encoder)(texts).to(device or "cpu")
-        with torch.no_grad():
-            embedded = net.encode_text(tokens)
-    else:
-        embedded = torch.as_tensor(encoder(texts), device=device)
-    if embedded.dim() != 2 or len(embedded) != len(texts):
-        raise ValueError(f"the encoder gave shape {tuple(embedded.shape)} for {len(texts)} texts, expected ({len(texts)}, D)")
-    return F.normalize(embedded.float(), dim=1)
+# %% ../nbs/35_steering.ipynb #c0111e58
+def composite_scores(
+    hits,  # (S, n) or (n,) share of hits of S networks on each of n triplets
+    false_alarms,  # of the same shape
+    margin,  # (S, n, 3) or (n, 3) `margins` of the plain pass: first, second and absent class
+) -> dict:  # hits, false_alarms, a_prime, above_biased, and low and high of the last
+    """Rates, A′, and the hits above the biased answer, with a 95 % interval over triplets."""
+    import numpy as np
 
-# %% ../nbs/35_steering.ipynb #3caa32a9
-class Denoiser(nn.Module):
-    """x̂₀ from (text, step, noisy prototype): a transformer over four tokens, the last of which is read out."""
+    h, f = np.atleast_2d(hits), np.atleast_2d(false_alarms)
+    m = np.asarray(margin).reshape(*h.shape, -1)
 
-    def __init__(self, text_dim: int, out_dim: int, depth: int = 6, heads: int = 8, head_dim: int = 64, timesteps: int = 100):
-        super().__init__()
-        width = heads * head_dim
-        self.text, self.noisy, self.out = nn.Linear(text_dim, width), nn.Linear(out_dim, width), nn.Linear(width, out_dim)
-        self.time, self.nothing = nn.Embedding(timesteps, width), nn.Parameter(torch.zeros(width))
-        self.query = nn.Parameter(torch.randn(width) * width**-0.5)
-        layer = nn.TransformerEncoderLayer(width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
-        self.encoder = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+    def above(i):  # triplets (…, n)
+        each = zip(h, f, m)
+        return np.mean([a[i].mean(-1) - biased_answer(c[i], b[i].mean(-1)) for a, b, c in each], 0)
 
-    def forward(
-        self,
-        noisy,  # (B, out_dim)
-        t,  # (B,) diffusion step
-        text,  # (B, text_dim)
-        dropped=None,  # (B,) bool: where the text is withheld
-    ):  # (B, out_dim)
-        said = self.text(text)
-        if dropped is not None:
-            said = torch.where(dropped[:, None], self.nothing.to(said.dtype), said)
-        tokens = torch.stack([said, self.time(t), self.noisy(noisy), self.query.expand(len(noisy), -1)], 1)
-        return self.out(self.encoder(tokens)[:, -1])
+    a = np.mean([a_prime(a.mean(), b.mean()) for a, b in zip(h, f)])
+    low, high = bootstrap_interval(h.shape[1], above)
+    found = {"hits": h.mean(), "false_alarms": f.mean(), "a_prime": a}
+    return found | {"above_biased": above(np.arange(h.shape[1])), "low": low, "high": high}
 
-
-def cosine_schedule(timesteps: int) -> torch.Tensor:  # (timesteps,) share ᾱ_t of the signal's variance that is left after t + 1 steps
-    """The cosine noise schedule of Nichol and Dhariwal (2021)."""
-    t = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
-    f = torch.cos((t + 0.008) / 1.008 * math.pi / 2).square()
-    return (1 - (1 - f[1:] / f[:-1]).clamp(max=0.999)).cumprod(0).float()
-
-# %% ../nbs/35_steering.ipynb #64db1ed3
-class TextPrior(nn.Module):
-    """From text embeddings to steering vectors: `prior.fit(text, prototypes)`, then `prior(new_text)`."""
-
-    def __init__(
-        self,
-        text_dim: int,
-        out_dim: int,
-        method: str = "diffusion",  # the paper's prior, or "ridge": a linear regression, its penalty by leave-one-out
-        *,
-        depth: int = 6,  # the next five are the paper's settings of the diffusion prior
-        heads: int = 8,
-        head_dim: int = 64,
-        timesteps: int = 100,
-        drop: float = 0.2,  # how often the text is withheld in training
-    ):
-        super().__init__()
-        if method not in ("diffusion", "ridge"):
-            raise ValueError(f"method must be 'diffusion' or 'ridge', got {method!r}")
-        self.method, self.drop, self.text_dim, self.out_dim = method, drop, text_dim, out_dim
-        self.register_buffer("mean", torch.zeros(out_dim))
-        self.register_buffer("scale", torch.ones(()))
-        self.register_buffer("fitted", torch.tensor(False))
-        self.register_buffer("kept", cosine_schedule(timesteps))
-        self.net = nn.Linear(text_dim, out_dim) if method == "ridge" else Denoiser(text_dim, out_dim, depth, heads, head_dim, timesteps)
-
-    def fit(
-        self,
-        text: torch.Tensor,  # (n, text_dim)
-        prototypes: torch.Tensor,  # (n, out_dim)
-        *,
-        steps: int = 20_000,  # of AdamW, for "diffusion"; each sees all n pairs, as in the paper
-        lr: float = 1e-4,
-        weight_decay: float = 0.01,
-        seed: int = 0,
-    ) -> list:  # loss of every step ("diffusion"), or the chosen penalty alone ("ridge")
-        """Learn the map; the same seed and the same first weights give the same map, and the caller's random state is left as it was."""
-        text, prototypes = self._checked(text, self.text_dim, "text"), self._checked(prototypes, self.out_dim, "prototypes")
-        if len(text) != len(prototypes) or len(text) < 2:
-            raise ValueError(f"fit needs at least two pairs, got {len(text)} texts and {len(prototypes)} prototypes")
-        self.mean.copy_(prototypes.mean(0))
-        self.scale.copy_((prototypes - self.mean).square().mean().sqrt().clamp_min(1e-12))
-        target = (prototypes - self.mean) / self.scale
-        done = fit_ridge(self.net, text, target) if self.method == "ridge" else fit_diffusion(self, text, target, steps, lr, weight_decay, seed)
-        self.fitted.fill_(True)
-        return done
-
-    def _checked(self, values, dim, what):
-        if not torch.is_tensor(values) or values.dim() != 2 or values.shape[1] != dim or not values.isfinite().all():
-            raise ValueError(f"{what} must be a finite tensor (n, {dim}), got {tuple(values.shape) if torch.is_tensor(values) else type(values).__name__}")
-        return values.detach().to(self.mean)
-
-    @torch.no_grad()
-    def forward(
-        self,
-        text: torch.Tensor,  # (n, text_dim)
-        samples: int = 100,  # that are averaged ("diffusion")
-        seed: int = 0,
-    ) -> torch.Tensor:  # (n, out_dim) steering vectors
-        """Predicted prototypes; `RuntimeError` before `fit`."""
-        if not self.fitted:
-            raise RuntimeError("this TextPrior has not been fitted; call fit(text, prototypes) first, or load its state dict")
-        text = self._checked(text, self.text_dim, "text")
-        out = self.net(text) if self.method == "ridge" else sample_diffusion(self, text, samples, seed)
-        return out * self.scale + self.mean
-
-# %% ../nbs/35_steering.ipynb #7b10a0a2
+# %% ../nbs/35_steering.ipynb #c0111e59
 @torch.no_grad()
-def fit_ridge(net: nn.Linear, text: torch.Tensor, target: torch.Tensor) -> list:  # [penalty]
-    """Ridge regression by scikit-learn, its penalty chosen by leave-one-out over 13 powers of ten."""
-    from sklearn.linear_model import RidgeCV
+def composite_test(
+    model: LRM,
+    data,  # single pictures: a Dataset of (picture, class), a DataLoader, or a pair of tensors
+    vectors,  # {name: (classes, K)}; {name: ((N, K), "picture")} for one of each picture
+    *,
+    gains: Sequence[float] = (1.0,),
+    per_pair: int = 8,  # triplets for every pair of classes
+    seed: int = 0,  # of the triplets
+    compose: Callable = overlay,  # (a, b) -> composite
+    **how,  # as for `search`: source, steps, batch_size, blend, from_first_pass
+):  # a DataFrame: a row for each vector and gain, columns as of `composite_scores`
+    """Does a steered network find more than its own plain pass with a biased answer?"""
+    import pandas as pd
 
-    found = RidgeCV(alphas=[10.0**k for k in range(-6, 7)]).fit(text.cpu().double().numpy(), target.cpu().double().numpy())
-    net.weight.copy_(torch.as_tensor(found.coef_).reshape(net.weight.shape))
-    net.bias.copy_(torch.as_tensor(found.intercept_).reshape(net.bias.shape))
-    return [float(found.alpha_)]
-
-
-def fit_diffusion(prior: TextPrior, text, target, steps: int, lr: float, weight_decay: float, seed: int) -> list:  # loss of every step
-    """Train the denoiser to give x₀ from x₀√ᾱ + ε√(1-ᾱ)."""
-    optimizer = torch.optim.AdamW(prior.net.parameters(), lr=lr, weight_decay=weight_decay)
-    generator, losses = torch.Generator(text.device).manual_seed(seed), []
-    prior.net.train()
-    for _ in range(steps):
-        t = torch.randint(len(prior.kept), (len(text),), generator=generator, device=text.device)
-        dropped = torch.rand(len(text), generator=generator, device=text.device) < prior.drop
-        noise = torch.randn(target.shape, generator=generator, device=text.device)
-        kept = prior.kept[t, None]
-        loss = F.mse_loss(prior.net(kept.sqrt() * target + (1 - kept).sqrt() * noise, t, text, dropped), target)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach())
-    prior.net.eval()
-    return torch.stack(losses).tolist() if losses else []
-
-# %% ../nbs/35_steering.ipynb #3e2a08ae
-def sample_diffusion(prior: TextPrior, text, samples: int, seed: int) -> torch.Tensor:  # (n, out_dim), the mean of the samples
-    """Ancestral sampling (Ho and others, 2020), all samples of a text at once."""
-    if samples < 1:
-        raise ValueError(f"samples must be at least 1, got {samples}")
-    generator, n = torch.Generator(text.device).manual_seed(seed), len(text)
-    x = torch.randn(samples * n, prior.out_dim, generator=generator, device=text.device)
-    said, before = text.repeat(samples, 1), torch.cat([prior.kept.new_ones(1), prior.kept[:-1]])
-    for t in reversed(range(len(prior.kept))):
-        clean = prior.net(x, torch.full((len(x),), t, device=x.device), said)
-        kept, last = prior.kept[t], before[t]
-        step = kept / last  # α_t of this one step
-        x = clean * last.sqrt() * (1 - step) / (1 - kept) + x * step.sqrt() * (1 - last) / (1 - kept)
-        if t:
-            x = x + ((1 - step) * (1 - last) / (1 - kept)).sqrt() * torch.randn(x.shape, generator=generator, device=x.device)
-    return x.view(samples, n, -1).mean(0)
+    device, rows = next(model.parameters()).device, {}
+    if not isinstance(data, (tuple, list)):
+        with kept_random_state(device):
+            data = [torch.cat(part) for part in zip(*(pair for *_, pair in batches(data)))]
+    x, y = data
+    three = triplets(y, per_pair, seed=seed)
+    with kept_modes(model):
+        model.eval()
+        shown = (compose(x[t[:, 0]], x[t[:, 1]]).to(device) for t in three.split(128))
+        logits = torch.cat([model(both, steps=0).float().cpu() for both in shown])
+    margin = margins(logits, torch.as_tensor(y).cpu()[three])
+    named = vectors if isinstance(vectors, Mapping) else {"vectors": vectors}
+    for name, each in named.items():
+        each, by = each if isinstance(each, tuple) else (each, "class")
+        for gain in gains:
+            found = search(model, x, y, three, each, by=by, gain=gain, compose=compose, **how)
+            hits, alarms = (said.double().mean(1) for said in found.last())
+            rows[name, gain] = composite_scores(hits, alarms, margin)
+    return pd.DataFrame(rows).T.rename_axis(["vector", "gain"])

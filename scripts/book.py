@@ -19,10 +19,12 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from configparser import ConfigParser
 from contextlib import contextmanager
 from importlib.metadata import distributions
 from pathlib import Path
+
+import pages
+from project import directives, notebooks, settings
 
 EXECUTION = "1"  # raise it when a change of this script changes what execution gives
 NEEDS = {"gpu": "a GPU", "fulldata": "a full data set", "slow": "more time than the book takes"}
@@ -30,40 +32,20 @@ NEEDS = {"gpu": "a GPU", "fulldata": "a full data set", "slow": "more time than 
 
 # ---------------------------------------------------------------- what there is
 
-def notebooks(root: Path) -> list[Path]:
-    "The chapters in the order of their numbers, the index first."
-    found = [p for p in (root / "nbs").glob("*.ipynb") if p.name[0] not in "._"]
-    return sorted(found, key=lambda p: (p.stem != "index", p.name))
-
-
-def settings(root: Path) -> dict[str, str]:
-    config = ConfigParser(delimiters=["="])
-    config.read(root / "settings.ini", encoding="utf-8")
-    return dict(config["DEFAULT"])
-
-
-def directives(source: str) -> dict[str, str]:
-    "The `#| name value` lines that a cell begins with."
-    found = {}
-    for line in source.splitlines():
-        if match := re.match(r"\s*#\s*\|\s*([\w-]+)\s*:?\s*(.*)", line):
-            found[match[1]] = match[2].strip()
-        elif line.strip():
-            break
-    return found
-
-
 def imported(package: Path, text: str, tree: ast.AST | None = None) -> set[str]:
-    "Names of the modules of `package` that this code imports directly; all of them when that cannot be told."
+    """Names of the modules of `package` that this code imports directly; all of them when that cannot be told."""
     modules = {p.stem for p in package.glob("*.py")}
     if tree is not None:
         names = set()
         for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").split(".")[0] == package.name):
+            if isinstance(node, ast.ImportFrom) and (node.level
+                                                     or (node.module or "").split(".")[0]
+                                                     == package.name):
                 inside = (node.module or "").removeprefix(package.name).strip(".")
                 names |= {inside} if inside else {alias.name for alias in node.names}
             elif isinstance(node, ast.Import):
-                names |= {a.name.split(".")[1] for a in node.names if a.name.startswith(package.name + ".")}
+                names |= {a.name.split(".")[1] for a in node.names
+                          if a.name.startswith(package.name + ".")}
         return names & modules
     names = set(re.findall(rf"\b{package.name}\.(\w+)", text)) & modules
     for plain in re.findall(rf"from\s+{package.name}\s+import\s+(\([^)]*\)|[^\n]*)", text):
@@ -72,12 +54,14 @@ def imported(package: Path, text: str, tree: ast.AST | None = None) -> set[str]:
 
 
 def key_of(root: Path, notebook: Path, environment: str) -> str:
-    "Hash of all that decides a notebook's outputs: its cells, the modules behind it, samples, recorded results, versions."
+    """Hash of all that decides a notebook's outputs: its cells, the modules behind it, samples, recorded results, versions."""
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     code = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
-    digest = hashlib.sha256(f"{EXECUTION}\0{environment}\0{os.environ.get('FEEDBACK_NB_DATA', '')}".encode())
+    digest = hashlib.sha256(
+        f"{EXECUTION}\0{environment}\0{os.environ.get('FEEDBACK_NB_DATA', '')}".encode())
     # a recorded cell is not executed: what it shows is part of the input
-    digest.update(json.dumps([["".join(c["source"]), c["outputs"] if skipped(root, c) else 0] for c in cells if c["cell_type"] == "code"]).encode())
+    digest.update(json.dumps([["".join(c["source"]), c["outputs"] if skipped(root, c) else 0]
+                              for c in cells if c["cell_type"] == "code"]).encode())
     package = root / settings(root)["lib_path"]
     reached, waiting, everything = {}, {"__init__"} | imported(package, code), code
     while waiting:
@@ -89,20 +73,23 @@ def key_of(root: Path, notebook: Path, environment: str) -> str:
         digest.update(f"{module}\0{text}\0".encode())
         everything += text
     for folder in ("nbs/samples", "nbs/images", "results"):
-        if Path(folder).name not in everything:  # neither the notebook nor what it imports speaks of it
+        if Path(
+            folder).name not in everything:  # neither the notebook nor what it imports speaks of it
             continue
         for path in sorted((root / folder).rglob("*")):
             if path.is_file():
-                digest.update(str(path.relative_to(root)).encode() + hashlib.sha256(path.read_bytes()).digest())
+                digest.update(str(path.relative_to(root)).encode()
+                              + hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
 
 
 def skipped(root: Path, cell: dict) -> list[str]:
-    "The flags for which a cell is not executed here; `eval` stands for `#| eval: false`."
+    """The flags for which a cell is not executed here; `eval` stands for `#| eval: false`."""
     if cell["cell_type"] != "code":
         return []
     found = directives("".join(cell["source"]))
-    return [f for f in settings(root).get("tst_flags", "").split() if f in found] + ["eval"] * (found.get("eval") == "false")
+    return [f for f in settings(root).get("tst_flags", "").split()
+            if f in found] + ["eval"] * (found.get("eval") == "false")
 
 
 def checksum(cells: list) -> str:
@@ -110,7 +97,7 @@ def checksum(cells: list) -> str:
 
 
 def kept(source: Path, copy: Path, key: str) -> dict | None:
-    "What is known of an executed copy, if it is whole and was made from the same code; the text around the code is brought up to date."
+    """What is known of an executed copy, if it is whole and was made from the same code; the text around the code is brought up to date."""
     try:
         notebook = json.loads(copy.read_text(encoding="utf-8"))
         book = notebook["metadata"]["book"]
@@ -119,7 +106,8 @@ def kept(source: Path, copy: Path, key: str) -> dict | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     executed = iter([c for c in notebook["cells"] if c["cell_type"] == "code"])
-    cells = [next(executed) if c["cell_type"] == "code" else c for c in json.loads(source.read_text(encoding="utf-8"))["cells"]]
+    cells = [next(executed) if c["cell_type"] == "code" else c
+             for c in json.loads(source.read_text(encoding="utf-8"))["cells"]]
     if cells != notebook["cells"]:
         notebook["cells"], book["sum"] = cells, checksum(cells)
         replace(copy, json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
@@ -129,7 +117,7 @@ def kept(source: Path, copy: Path, key: str) -> dict | None:
 # ---------------------------------------------------------------- executing one notebook (its own process)
 
 def execute(root: Path, source: Path, copy: Path, key: str) -> None:
-    "Run `source` in a fresh kernel of this very Python and put the result at `copy`, whole or not at all."
+    """Run `source` in a fresh kernel of this very Python and put the result at `copy`, whole or not at all."""
     import nbformat
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
@@ -146,13 +134,17 @@ def execute(root: Path, source: Path, copy: Path, key: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         # nothing of the user's own set-up takes part: no start-up files, no kernel of the same name from elsewhere
         os.environ["IPYTHONDIR"] = os.environ["JUPYTER_RUNTIME_DIR"] = folder
-        manager = AsyncKernelManager(kernel_name="python3", connection_file=str(Path(folder) / "k.json"))
-        manager._kernel_spec = KernelSpec(argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"], display_name="Python", language="python")
+        manager = AsyncKernelManager(kernel_name="python3",
+                                     connection_file=str(Path(folder) / "k.json"))
+        manager._kernel_spec = KernelSpec(argv=[sys.executable, "-m", "ipykernel_launcher", "-f",
+                                                "{connection_file}"], display_name="Python",
+                                          language="python")
         if os.name == "posix":
             manager.transport = "ipc"  # two kernels that start together can then not pick the same port
         client = NotebookClient(
             notebook, km=manager, timeout=1200, skip_cells_with_tag="not-run", record_timing=False,
-            resources={"metadata": {"path": str(root / "nbs")}}, on_cell_execute=lambda cell, cell_index: current.__setitem__(0, cell_index),
+            resources={"metadata": {"path": str(root / "nbs")}},
+            on_cell_execute=lambda cell, cell_index: current.__setitem__(0, cell_index),
         )
         try:
             client.execute(stderr=subprocess.DEVNULL)
@@ -166,14 +158,16 @@ def execute(root: Path, source: Path, copy: Path, key: str) -> None:
         cell.metadata.pop("tags", None)
     plain = json.loads(nbformat.writes(notebook))
     plain["metadata"]["book"] = {
-        "key": key, "sum": checksum(plain["cells"]), "seconds": round(time.perf_counter() - start, 1),
-        "failed": failed and {"cell": current[0] + 1, "error": failed, "source": notebook.cells[current[0]].source},
+        "key": key, "sum": checksum(plain["cells"]),
+        "seconds": round(time.perf_counter() - start, 1),
+        "failed": failed and {"cell": current[0] + 1, "error": failed,
+                              "source": notebook.cells[current[0]].source},
     }
     replace(copy, json.dumps(plain, indent=1, ensure_ascii=False) + "\n")
 
 
 def replace(path: Path, text: str) -> None:
-    "Write aside, then rename: a reader finds the old file or the new one, never a part."
+    """Write aside, then rename: a reader finds the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -186,12 +180,13 @@ def replace(path: Path, text: str) -> None:
 # ---------------------------------------------------------------- all of them
 
 def child(*args: object, env: dict[str, str]) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, __file__, *map(str, args)], env=env, capture_output=True, text=True)
+    return subprocess.run([sys.executable, __file__, *map(str, args)], env=env, capture_output=True,
+                          text=True)
 
 
 @contextmanager
 def in_turn(jobs: int) -> Iterator[ThreadPoolExecutor]:
-    "A pool that starts nothing new once something was raised, Ctrl-C included."
+    """A pool that starts nothing new once something was raised, Ctrl-C included."""
     pool = ThreadPoolExecutor(jobs)
     try:
         yield pool
@@ -201,9 +196,13 @@ def in_turn(jobs: int) -> Iterator[ThreadPoolExecutor]:
     pool.shutdown()
 
 
-def run_all(root: Path, paths: list[Path], out: Path, jobs: int, env: dict[str, str]) -> dict[str, dict]:
-    "Execute what changed, `jobs` at a time, with a line for each notebook; returns name -> what is known of its copy."
-    environment = sys.version + "\n".join(sorted(f"{d.metadata['Name']}=={d.version}" for d in distributions() if d.metadata["Name"] != settings(root)["lib_name"]))
+def run_all(root: Path, paths: list[Path], out: Path, jobs: int,
+            env: dict[str, str]) -> dict[str, dict]:
+    """Execute what changed, `jobs` at a time, with a line for each notebook; returns name -> what is known of its copy."""
+    environment = sys.version + "\n".join(sorted(f"{d.metadata['Name']}=={d.version}"
+                                                 for d in distributions()
+                                                 if d.metadata["Name"] != settings(
+                                                     root)["lib_name"]))
     state = {}
 
     def one(path: Path) -> tuple[Path, dict | None, str, bool]:
@@ -212,7 +211,8 @@ def run_all(root: Path, paths: list[Path], out: Path, jobs: int, env: dict[str, 
             return path, book, "", True
         copy.unlink(missing_ok=True)
         done = child("--root", root, "--execute", path, copy, key, env=env)
-        book = json.loads(copy.read_text(encoding="utf-8"))["metadata"]["book"] if copy.is_file() else None
+        book = json.loads(
+            copy.read_text(encoding="utf-8"))["metadata"]["book"] if copy.is_file() else None
         return path, book, done.stderr, False
 
     with in_turn(jobs) as pool:
@@ -220,38 +220,46 @@ def run_all(root: Path, paths: list[Path], out: Path, jobs: int, env: dict[str, 
             cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
             recorded = sum(1 for c in cells if [f for f in skipped(root, c) if f != "eval"])
             took = "kept" if same else f"{book['seconds']:.1f} s" if book else "-"
-            print(f"  {path.stem:<28}{sum(c['cell_type'] == 'code' for c in cells):>4} cells {took:>9}" + (f"   {recorded} recorded" if recorded else ""), flush=True)
+            print(
+                f"  {path.stem:<28}{sum(c['cell_type'] == 'code' for c in cells):>4} cells {took:>9}" + (f"   {recorded} recorded" if recorded else ""), flush=True)
             if book is None:
-                book = {"failed": {"cell": 0, "error": ["NotExecuted", error.strip()[-2000:] or "the run was cut off"], "source": ""}, "sum": ""}
+                book = {
+                    "failed": {"cell": 0,
+                               "error": ["NotExecuted",
+                                         error.strip()[-2000:] or "the run was cut off"],
+                               "source": ""}, "sum": ""}
             if fault := book["failed"]:
                 print(f"    FAILED in cell {fault['cell']}: {': '.join(fault['error'])}")
-                print("".join(f"      | {line}\n" for line in fault["source"].splitlines()), end="", flush=True)
+                print("".join(f"      | {line}\n" for line in fault["source"].splitlines()), end="",
+                      flush=True)
             state[path.stem] = book
     return state
 
 
-def write_pages(root: Path, out: Path, state: dict[str, dict], jobs: int, env: dict[str, str]) -> list[str]:
-    "Write the HTML pages that changed; returns what is wrong with them."
-    sys.path.insert(0, str(Path(__file__).parent))
-    import pages
-
-    chapters = [c for c in pages.contents(root) if c["stem"] in state]  # one may have come while the others ran
+def write_pages(root: Path, out: Path, state: dict[str, dict], jobs: int,
+                env: dict[str, str]) -> list[str]:
+    """Write the HTML pages that changed; returns what is wrong with them."""
+    chapters = [c for c in pages.contents(root)
+                if c["stem"] in state]  # one may have come while the others ran
     package = root / settings(root)["lib_path"]
     common = hashlib.sha256(json.dumps(chapters).encode())
-    for path in [*sorted(Path(__file__).parent.glob("*.py")), Path(__file__).with_name("book.css"), *sorted(package.glob("*.py"))]:
+    for path in [*sorted(Path(__file__).parent.glob("*.py")), Path(__file__).with_name("book.css"),
+                 *sorted(package.glob("*.py"))]:
         common.update(path.read_bytes())
 
     def one(chapter: dict) -> tuple[str, list[str], bool]:
         page = out / chapter["page"]
         source = (root / "nbs" / chapter["notebook"]).read_bytes()
-        key = hashlib.sha256(common.digest() + source + state[chapter["stem"]]["sum"].encode() + json.dumps(state[chapter["stem"]]["failed"]).encode()).hexdigest()
+        key = hashlib.sha256(common.digest() + source + state[chapter["stem"]]["sum"].encode()
+                             + json.dumps(state[chapter["stem"]]["failed"]).encode()).hexdigest()
         if page.is_file() and pages.key_in(page) == key:
             return chapter["stem"], [], True
         page.unlink(missing_ok=True)
         done = child("--root", root, "--page", chapter["stem"], out, key, env=env)
         faults = [line for line in done.stdout.splitlines() if line]
         if done.returncode or not page.is_file():
-            faults.append("no page was written: " + (done.stderr.strip().splitlines() or ["no reason given"])[-1])
+            faults.append("no page was written: "
+                          + (done.stderr.strip().splitlines() or ["no reason given"])[-1])
         return chapter["stem"], faults, False
 
     with in_turn(jobs) as pool:
@@ -274,8 +282,10 @@ def write_pages(root: Path, out: Path, state: dict[str, dict], jobs: int, env: d
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parent.parent, help="the project (default: this one)")
-    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="notebooks that run at the same time (default: 2)")
+    parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parent.parent,
+                        help="the project (default: this one)")
+    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1),
+                        help="notebooks that run at the same time (default: 2)")
     parser.add_argument("--execute", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--page", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -284,12 +294,10 @@ def main() -> int:
         execute(root, Path(args.execute[0]), Path(args.execute[1]), args.execute[2])
         return 0
     if args.page:
-        sys.path.insert(0, str(Path(__file__).parent))
-        import pages
-
         stem, out, key = args.page
         (name, text), faults = pages.make(root, stem, Path(out), key)
-        replace(Path(out) / name, text.replace(f"<!-- key {key} -->", "<!-- with faults -->", 1) if faults else text)  # so that the next run tries again
+        replace(Path(out) / name, text.replace(f"<!-- key {key} -->", "<!-- with faults -->", 1)
+                if faults else text)  # so that the next run tries again
         print("\n".join(faults))
         return 0
     start, out = time.perf_counter(), root / "_book"
@@ -297,12 +305,15 @@ def main() -> int:
     if not paths:
         print(f"no notebook in {root / 'nbs'}: nothing to make a book of", file=sys.stderr)
         return 1
-    env = {k: v for k, v in os.environ.items() if k not in ("MPLBACKEND", "IN_TEST")} | {"TQDM_DISABLE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    env = {k: v for k, v in os.environ.items() if k not in ("MPLBACKEND", "IN_TEST")} | {
+        "TQDM_DISABLE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     if args.jobs > 1:
         env["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // args.jobs))
     if data := os.environ.get("FEEDBACK_NB_DATA"):
-        env["FEEDBACK_NB_DATA"] = os.environ["FEEDBACK_NB_DATA"] = os.path.abspath(data)  # kernels run in nbs/
-    print(f"Executing {len(paths)} notebooks, {args.jobs} at a time; cells flagged {settings(root).get('tst_flags', '')} keep their recorded outputs.", flush=True)
+        env["FEEDBACK_NB_DATA"] = os.environ["FEEDBACK_NB_DATA"] = os.path.abspath(
+            data)  # kernels run in nbs/
+    print(
+        f"Executing {len(paths)} notebooks, {args.jobs} at a time; cells flagged {settings(root).get('tst_flags', '')} keep their recorded outputs.", flush=True)
     (out / "notebooks").mkdir(parents=True, exist_ok=True)
     for stale in (out / "notebooks").glob("*.ipynb"):
         if not (root / "nbs" / stale.name).is_file():
@@ -313,7 +324,8 @@ def main() -> int:
         print(f"    FAULT in {fault}")
     broken = [stem for stem, book in state.items() if book["failed"]]
     minutes, seconds = divmod(round(time.perf_counter() - start), 60)
-    print(f"The book is at {os.path.relpath(out / 'index.html', Path.cwd())}, made in {minutes} min {seconds} s." + (f" Did not run to the end: {', '.join(broken)}." if broken else ""))
+    print(
+        f"The book is at {os.path.relpath(out / 'index.html', Path.cwd())}, made in {minutes} min {seconds} s." + (f" Did not run to the end: {', '.join(broken)}." if broken else ""))
     return 1 if broken or faults else 0
 
 

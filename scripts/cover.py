@@ -13,7 +13,7 @@ FIGURES = {"10_cbl.ipynb": {"fig-forget": "forget.png"}}
 
 
 def figure(notebook: Path, label: str) -> bytes:
-    "The PNG that the cell with this label has stored."
+    """The PNG that the cell with this label has stored."""
     for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
         if f"#| label: {label}" in "".join(cell["source"]):
             for output in cell.get("outputs", []):

@@ -30,31 +30,36 @@ class Documented(exec_show_docs):
 
 
 def needed(cell) -> str:
-    "The part of a cell that documentation needs: all of it when exported, else its imports."
-    if cell.directives_.get("eval:", [""])[0].lower() == "false" or "show_doc(" in (cell.source or ""):
+    """The part of a cell that documentation needs: all of it when exported, else its imports."""
+    if cell.directives_.get("eval:",
+                            [""])[0].lower() == "false" or "show_doc(" in (cell.source or ""):
         return ""
     trees = cell.parsed_() or []
     exported = any(re.match(r"export|exec_doc", name) for name in cell.directives_)
-    types = [line for tree in trees if isinstance(tree, ast.If) and "TYPE_CHECKING" in ast.unparse(tree.test) for line in tree.body]
+    types = [line for tree in trees if isinstance(tree, ast.If)
+             and "TYPE_CHECKING" in ast.unparse(tree.test) for line in tree.body]
     if exported:
         return cell.source + "\n" + "\n".join(map(ast.unparse, types))
-    return "\n".join(ast.unparse(tree) for tree in trees if isinstance(tree, (ast.Import, ast.ImportFrom)))
+    return "\n".join(ast.unparse(tree) for tree in trees
+                     if isinstance(tree, (ast.Import, ast.ImportFrom)))
 
 
 class ShowSource(FilterDefaults):
-    "nbdev's processing, but exported code is shown: in this book the code is the point."
+    """nbdev's processing, but exported code is shown: in this book the code is the point."""
 
     def __call__(self, nb):
         for cell in nb.cells:
             if cell.cell_type == "code":
                 cell.source = show_source(cell.source)
-        nb.cells.append(mk_cell("<!-- the end -->", "markdown"))  # nbdev looks one cell beyond each exported one
+        nb.cells.append(mk_cell("<!-- the end -->",
+                                "markdown"))  # nbdev looks one cell beyond each exported one
         return super().__call__(nb)
 
     def base_procs(self):
-        return [Documented if proc is exec_show_docs else proc for proc in super().base_procs() if proc.__name__ != "add_fold"]
+        return [Documented if proc is exec_show_docs else proc for proc in super().base_procs()
+                if proc.__name__ != "add_fold"]
 
 
 def show_source(source: str) -> str:
-    "A cell flagged `export` is flagged `exports`: nbdev then prints its code below the documentation table."
+    """A cell flagged `export` is flagged `exports`: nbdev then prints its code below the documentation table."""
     return re.sub(r"^(\s*#\s*\|\s*)export(?=\s|$)", r"\1exports", source, flags=re.M)

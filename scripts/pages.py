@@ -19,7 +19,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import yaml
-from book import notebooks, settings
+from project import notebooks, settings
 
 PANDOC = "markdown+lists_without_preceding_blankline+autolink_bare_uris-implicit_figures-fancy_lists-example_lists-citations"
 KINDS = {"fig": "Figure", "tbl": "Table", "eq": "Equation", "sec": "Section"}
@@ -28,7 +28,7 @@ KINDS = {"fig": "Figure", "tbl": "Table", "eq": "Equation", "sec": "Section"}
 # ---------------------------------------------------------------- the chapters
 
 def contents(root: Path) -> list[dict]:
-    "Each chapter's number, title and one sentence, from its first cell; page names are those of the published site."
+    """Each chapter's number, title and one sentence, from its first cell; page names are those of the published site."""
     from nbdev.frontmatter import _fm2dict, _md2dict
 
     chapters = []
@@ -41,14 +41,15 @@ def contents(root: Path) -> list[dict]:
         number = re.match(r"\d+", path.stem)
         stem = re.sub(r"^\d+[a-zA-Z0-9]*_", "", path.stem)
         chapters.append(dict(
-            stem=path.stem, notebook=path.name, page=f"{stem}.html", number=number[0] if number else "",
+            stem=path.stem, notebook=path.name, page=f"{stem}.html",
+            number=number[0] if number else "",
             title=str(front.get("title", stem)), description=str(front.get("description", "")),
         ))
     return chapters
 
 
 def processed(root: Path, notebook: Path, path: Path):
-    "The executed `notebook`, processed by nbdev as if it lay at `path`: hidden cells gone, exported code shown with its table."
+    """The executed `notebook`, processed by nbdev as if it lay at `path`: hidden cells gone, exported code shown with its table."""
     from documented import ShowSource
     from execnb.nbio import read_nb
 
@@ -65,7 +66,7 @@ def processed(root: Path, notebook: Path, path: Path):
 # ---------------------------------------------------------------- notebook -> pandoc's markdown
 
 class Page:
-    "Collects a page's markdown; what is HTML already is set aside and put back after pandoc."
+    """Collects a page's markdown; what is HTML already is set aside and put back after pandoc."""
 
     def __init__(self, source: Path):
         self.source, self.parts, self.aside, self.numbers, self.faults = source, [], [], {}, []
@@ -80,7 +81,7 @@ class Page:
         return self.numbers[label]
 
     def image(self, target: str) -> str:
-        "A local image as a data URI."
+        """A local image as a data URI."""
         path = (self.source.parent / unquote(target.split("?")[0])).resolve()
         if not path.is_file():
             self.faults.append(f"there is no image {target}")
@@ -91,23 +92,29 @@ class Page:
     def figure(self, label: str, caption: str, inside: str, classes: str = "") -> str:
         start = f'<figure{f" id={chr(34)}{label}{chr(34)}" if label else ""}{f" class={chr(34)}{classes}{chr(34)}" if classes else ""}>'
         name = self.number(label) + ": " if label else ""
-        text = self.raw("<figcaption>") + name + caption + self.raw("</figcaption>") if caption or name else ""
+        text = self.raw("<figcaption>") + name + caption + self.raw(
+            "</figcaption>") if caption or name else ""
         return self.raw(start) + inside + text + self.raw("</figure>")
 
     # -------- markdown cells
 
     def markdown(self, source: str) -> str:
-        "A markdown cell: code and formulas untouched, images as figures, equations numbered."
+        """A markdown cell: code and formulas untouched, images as figures, equations numbered."""
         kept: list[str] = []
 
         def keep(match: re.Match) -> str:
             kept.append(match[0])
             return f"\0{len(kept) - 1}\0"
 
-        source = re.sub(r"^(`{3,}|~{3,}).*?^\1[ \t]*$|(?<!`)(`+)(?!`).+?(?<!`)\2(?!`)", keep, source, flags=re.M | re.S)
-        source = re.sub(r"\$\$(.+?)\$\$[ \t]*\{#(eq-[\w-]+)\}", lambda m: self.equation(m[1], m[2]), source, flags=re.S)
-        source = re.sub(r"\$\$.+?\$\$|(?<![\\$\w])\$(?=\S)[^$\n]+?(?<=\S)\$(?!\d)", keep, source, flags=re.S)
-        source = re.sub(r"!\[((?:[^\[\]]|\[[^\]]*\])*)\]\(\s*(\S+?)(?:\s+\"[^\"]*\")?\s*\)(\{[^}]*\})?", self.picture, source)
+        source = re.sub(r"^(`{3,}|~{3,}).*?^\1[ \t]*$|(?<!`)(`+)(?!`).+?(?<!`)\2(?!`)", keep,
+                        source, flags=re.M | re.S)
+        source = re.sub(r"\$\$(.+?)\$\$[ \t]*\{#(eq-[\w-]+)\}", lambda m: self.equation(m[1], m[2]),
+                        source, flags=re.S)
+        source = re.sub(r"\$\$.+?\$\$|(?<![\\$\w])\$(?=\S)[^$\n]+?(?<=\S)\$(?!\d)", keep, source,
+                        flags=re.S)
+        source = re.sub(
+            r"!\[((?:[^\[\]]|\[[^\]]*\])*)\]\(\s*(\S+?)(?:\s+\"[^\"]*\")?\s*\)(\{[^}]*\})?",
+            self.picture, source)
         source = re.sub(r"^(#+ .*?)\s*\{#(sec-[\w-]+)\}\s*$", self.section, source, flags=re.M)
         while "\0" in source:
             source = re.sub(r"\0(\d+)\0", lambda m: kept[int(m[1])], source)
@@ -115,7 +122,8 @@ class Page:
 
     def equation(self, formula: str, label: str) -> str:
         number = self.number(label).removeprefix("Equation ")
-        return self.raw(f'<div class="equation" id="{label}"><div>') + f"$${formula}$$" + self.raw(f"</div><span>({number})</span></div>")
+        return self.raw(f'<div class="equation" id="{label}"><div>') + f"$${formula}$$" + self.raw(
+            f"</div><span>({number})</span></div>")
 
     def section(self, match: re.Match) -> str:
         self.numbers[match[2]] = "“" + match[1].lstrip("# ") + "”"
@@ -145,10 +153,12 @@ class Page:
         if options.get("echo", True) is not False and source.strip():
             out += fence(source, "python")
             if options.get("code-fold") in (True, "true"):
-                out = self.raw(f"<details><summary>{html.escape(str(options.get('code-summary', 'Code')))}</summary>") + out + self.raw("</details>")
+                out = self.raw(
+                    f"<details><summary>{html.escape(str(options.get('code-summary', 'Code')))}</summary>") + out + self.raw("</details>")
         if cell.metadata.get("recorded"):
             what = " and ".join(cell.metadata.recorded)
-            out += self.raw(f'<p class="recorded">{"Recorded output" if cell.get("outputs") else "No output"}: this cell needs {html.escape(what)} and was not run when this page was made.</p>')
+            out += self.raw(
+                f'<p class="recorded">{"Recorded output" if cell.get("outputs") else "No output"}: this cell needs {html.escape(what)} and was not run when this page was made.</p>')
         return out if options.get("output") is False else out + self.outputs(cell, options)
 
     def outputs(self, cell: dict, options: dict) -> str:
@@ -164,7 +174,8 @@ class Page:
                 text += fence(plain("\n".join(output["traceback"])), "error")
                 continue
             data = output.get("data", {})
-            if image := next((t for t in ("image/svg+xml", "image/png", "image/jpeg") if t in data), None):
+            if image := next((t for t in ("image/svg+xml", "image/png", "image/jpeg") if t in data),
+                             None):
                 shown += self.raw(picture_of(image, joined(data[image]), alt, output))
             elif "text/html" in data:
                 page = joined(data["text/html"])
@@ -181,7 +192,8 @@ class Page:
                 text += fence(plain(joined(data["text/plain"])), "output")
         text += fence(plain(stream), "output")
         if shown:
-            text += self.figure(str(options.get("label", "")), str(options.get("fig-cap", "")), shown)
+            text += self.figure(str(options.get("label", "")), str(options.get("fig-cap", "")),
+                                shown)
         return text
 
 
@@ -190,7 +202,7 @@ def joined(text: str | list[str]) -> str:
 
 
 def plain(text: str) -> str:
-    "Terminal text without its colours, and with only the last state of each line that was overwritten."
+    """Terminal text without its colours, and with only the last state of each line that was overwritten."""
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
     return "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n")).rstrip()
 
@@ -203,7 +215,7 @@ def fence(text: str, kind: str) -> str:
 
 
 def split(source: str) -> tuple[dict, str]:
-    "Quarto's options at the top of a cell, and the code below them."
+    """Quarto's options at the top of a cell, and the code below them."""
     lines, options = source.splitlines(), []
     while lines and (not lines[0].strip() or re.match(r"\s*#\s*\|", lines[0])):
         line = re.sub(r"^\s*#\s*\|\s?", "", lines.pop(0))
@@ -220,7 +232,7 @@ def split(source: str) -> tuple[dict, str]:
 
 
 def picture_of(kind: str, data: str, alt: str, output: dict) -> str:
-    "An <img> of the size the notebook shows it in; SVG goes in as an image too, so that its ids cannot clash."
+    """An <img> of the size the notebook shows it in; SVG goes in as an image too, so that its ids cannot clash."""
     size = (output.get("metadata") or {}).get(kind) or {}
     width = f' width="{size["width"]}"' if isinstance(size, dict) and "width" in size else ""
     if kind == "image/svg+xml":
@@ -234,17 +246,19 @@ def pandoc(markdown: str, faults: list[str]) -> str:
     import pypandoc
 
     done = subprocess.run(
-        [pypandoc.get_pandoc_path(), "-f", PANDOC, "-t", "html5", "--mathml", "--wrap=preserve", "--eol=lf"],
+        [pypandoc.get_pandoc_path(), "-f", PANDOC, "-t", "html5", "--mathml", "--wrap=preserve",
+         "--eol=lf"],
         input=markdown, capture_output=True, text=True, encoding="utf-8",
     )
     if done.returncode:
         raise RuntimeError("pandoc: " + done.stderr.strip())
-    faults += [" ".join(w.split()) for w in re.split(r"(?=\[WARNING\])", done.stderr) if w.startswith("[WARNING] Could not convert")]
+    faults += [" ".join(w.split()) for w in re.split(r"(?=\[WARNING\])", done.stderr)
+               if w.startswith("[WARNING] Could not convert")]
     return done.stdout
 
 
 def references(page: Page, text: str) -> str:
-    "`@fig-name` becomes a link that says Figure 3; code and what has been set aside stay as they are."
+    """`@fig-name` becomes a link that says Figure 3; code and what has been set aside stay as they are."""
     def link(match: re.Match) -> str:
         label = match[1].rstrip("-")
         if label not in page.numbers:
@@ -252,12 +266,14 @@ def references(page: Page, text: str) -> str:
             return match[0]
         return f"[{page.numbers[label].replace(' ', chr(160))}](#{label})"
 
-    parts = re.split(r"(^(?:`{3,}|~{3,})[^\n]*\n.*?^(?:`{3,}|~{3,})[ \t]*$|`[^`\n]+`)", text, flags=re.M | re.S)
-    return "".join(re.sub(rf"(?<![\w/.])@((?:{'|'.join(KINDS)})-[\w-]+)", link, part) if i % 2 == 0 else part for i, part in enumerate(parts))
+    parts = re.split(r"(^(?:`{3,}|~{3,})[^\n]*\n.*?^(?:`{3,}|~{3,})[ \t]*$|`[^`\n]+`)", text,
+                     flags=re.M | re.S)
+    return "".join(re.sub(rf"(?<![\w/.])@((?:{'|'.join(KINDS)})-[\w-]+)", link, part)
+                   if i % 2 == 0 else part for i, part in enumerate(parts))
 
 
 def relink(root: Path, chapters: list[dict], soup, faults: list[str]) -> None:
-    "Links to notebooks and to the published site lead to this book's pages; links to files of the project lead there."
+    """Links to notebooks and to the published site lead to this book's pages; links to files of the project lead there."""
     cfg = settings(root)
     site = cfg["doc_host"].rstrip("/") + "/" + cfg["doc_baseurl"].strip("/") + "/"
     pages = {c["notebook"]: c["page"] for c in chapters}
@@ -271,7 +287,8 @@ def relink(root: Path, chapters: list[dict], soup, faults: list[str]) -> None:
             if name[0].startswith("_"):
                 a.unwrap()
                 continue
-            a["href"] = (target.removeprefix(site) or "index.html") + ("#" + name[0] if name[0] else "")
+            a["href"] = (target.removeprefix(site)
+                         or "index.html") + ("#" + name[0] if name[0] else "")
             a.attrs.pop("target", None)
         elif target in pages:
             a["href"] = pages[target] + anchor
@@ -324,30 +341,40 @@ $source
 """)
 
 
-def frame(root: Path, chapters: list[dict], chapter: dict, body: str, headings: list, banner: str, key: str) -> str:
-    "The page around a chapter: chapters at the side, previous and next at the end."
+def frame(root: Path, chapters: list[dict], chapter: dict, body: str, headings: list, banner: str,
+          key: str) -> str:
+    """The page around a chapter: chapters at the side, previous and next at the end."""
     index = next((c for c in chapters if c["stem"] == "index"), None)
     rest = [c for c in chapters if c["stem"] != "index"]
     entries = []
     for c in rest:
         inside = ""
         if c is chapter and headings:
-            inside = "<ul>" + "".join(f'<li><a href="#{i}"><span>{t}</span></a></li>' for i, t in headings) + "</ul>"
+            inside = "<ul>" + "".join(f'<li><a href="#{i}"><span>{t}</span></a></li>'
+                                      for i, t in headings) + "</ul>"
         current = ' aria-current="page"' if c is chapter else ""
-        entries.append(f'<li><a href="{c["page"]}"{current}><span class="number">{c["number"]}</span> <span>{html.escape(c["title"])}</span></a>{inside}</li>')
+        entries.append(
+            f'<li><a href="{c["page"]}"{current}><span class="number">{c["number"]}</span> <span>{html.escape(c["title"])}</span></a>{inside}</li>')
     row = ([index] if index else []) + rest
     at = next((i for i, c in enumerate(row) if c is chapter), None)
     turn = []
     if at is not None and at > 0:
-        turn.append(f'<a rel="prev" href="{row[at - 1]["page"]}">← {html.escape(row[at - 1]["title"])}</a>')
+        turn.append(
+            f'<a rel="prev" href="{row[at - 1]["page"]}">← {html.escape(row[at - 1]["title"])}</a>')
     if at is not None and at + 1 < len(row):
-        turn.append(f'<a rel="next" href="{row[at + 1]["page"]}">{html.escape(row[at + 1]["title"])} →</a>')
-    name = settings(root)["title"] if "%" not in settings(root)["title"] else settings(root)["lib_name"]
+        turn.append(
+            f'<a rel="next" href="{row[at + 1]["page"]}">{html.escape(row[at + 1]["title"])} →</a>')
+    name = settings(root)["title"] if "%" not in settings(
+        root)["title"] else settings(root)["lib_name"]
     source = f'<p>Executed notebook: <a href="notebooks/{chapter["notebook"]}">{chapter["notebook"]}</a></p>' if chapter["notebook"] else ""
     return FRAME.substitute(
-        key=key, title=html.escape(chapter["title"] if chapter is index else f"{chapter['title']} – {name}"), description=html.escape(chapter["description"]),
-        css=Path(__file__).with_name("book.css").read_text(encoding="utf-8"), book=html.escape(name), chapters="\n".join(entries),
-        heading=(f'<span class="number">{chapter["number"]}</span> ' if chapter["number"] else "") + html.escape(chapter["title"]),
+        key=key,
+        title=html.escape(chapter["title"] if chapter is index else f"{chapter['title']} – {name}"),
+        description=html.escape(chapter["description"]),
+        css=Path(__file__).with_name("book.css").read_text(encoding="utf-8"),
+        book=html.escape(name), chapters="\n".join(entries),
+        heading=(f'<span class="number">{chapter["number"]}</span> ' if chapter["number"] else "")
+        + html.escape(chapter["title"]),
         banner=banner, body=body, turn="".join(turn), source=source,
     )
 
@@ -361,9 +388,10 @@ def listing(chapters: list[dict]) -> str:
 
 
 def bare_index(root: Path, chapters: list[dict]) -> str:
-    "A contents page for a book without nbs/index.ipynb."
+    """A contents page for a book without nbs/index.ipynb."""
     cfg = settings(root)
-    chapter = dict(stem="index", notebook="", page="index.html", number="", title=cfg["lib_name"], description=cfg.get("description", ""))
+    chapter = dict(stem="index", notebook="", page="index.html", number="", title=cfg["lib_name"],
+                   description=cfg.get("description", ""))
     return frame(root, chapters, chapter, listing(chapters), [], "", "")
 
 
@@ -374,7 +402,7 @@ def key_in(page: Path) -> str:
 
 
 def make(root: Path, stem: str, out: Path, key: str) -> tuple[tuple[str, str], list[str]]:
-    "The page of one chapter as ((file name, HTML), faults)."
+    """The page of one chapter as ((file name, HTML), faults)."""
     from bs4 import BeautifulSoup
 
     chapters = contents(root)
@@ -385,7 +413,9 @@ def make(root: Path, stem: str, out: Path, key: str) -> tuple[tuple[str, str], l
     if copy.is_file():
         failed = json.loads(copy.read_text(encoding="utf-8"))["metadata"]["book"]["failed"]
     else:
-        copy, failed = path, {"cell": 0, "error": ["NotExecuted", "the notebook could not be executed; what follows was recorded by its authors"]}
+        copy, failed = path, {"cell": 0,
+                              "error": ["NotExecuted",
+                                        "the notebook could not be executed; what follows was recorded by its authors"]}
     if failed:
         banner = f'<p class="failed" role="alert">This chapter did not run to the end: cell {failed["cell"]} raised {html.escape(failed["error"][0])}: {html.escape(failed["error"][1])}</p>'
     try:
@@ -396,22 +426,28 @@ def make(root: Path, stem: str, out: Path, key: str) -> tuple[tuple[str, str], l
         if not failed:
             page.faults.append(f"nbdev could not document it: {error.__cause__ or error}")
         nb = read_nb(copy)
-        nb.cells = [c for i, c in enumerate(nb.cells) if not (i == 0 and c.cell_type == "markdown") and not re.search(r"^#\|\s*(hide|default_exp)\b", c.source, flags=re.M)]
+        nb.cells = [c for i, c in enumerate(nb.cells) if not (i == 0 and c.cell_type == "markdown")
+                    and not re.search(r"^#\|\s*(hide|default_exp)\b", c.source, flags=re.M)]
     text = "\n\n".join(
-        page.markdown(c.source) if c.cell_type == "markdown" else page.code(c) if c.cell_type == "code" else ""
+        page.markdown(c.source) if c.cell_type == "markdown" else page.code(c)
+        if c.cell_type == "code" else ""
         for c in nb.cells if not c.source.startswith("<!-- WARNING: THIS FILE WAS AUTOGENERATED")
     )
     soup = BeautifulSoup(pandoc(references(page, text), page.faults), "html.parser")
     relink(root, chapters, soup, page.faults)
     for table in soup.find_all("table"):
-        for part in table.find_all("colgroup") + [head for head in table.find_all("thead") if not head.get_text(strip=True)]:
+        for part in table.find_all("colgroup") + [head for head in table.find_all("thead")
+                                                  if not head.get_text(strip=True)]:
             part.decompose()  # pandoc's widths come from the dashes of the source; a browser knows better
         table.attrs.pop("style", None)
         table.wrap(soup.new_tag("div", attrs={"class": "scroll"}))
     for math in soup.find_all("math", display="block"):
         math.wrap(soup.new_tag("span", attrs={"class": "display"}))
     headings = [(h["id"], h.decode_contents()) for h in soup.find_all("h2") if h.get("id")]
-    body = re.sub(r"<!--aside (\d+)-->", lambda m: page.aside[int(m[1])], soup.decode(formatter="minimal"))
-    if stem == "index" and not {c["page"] for c in chapters if c["stem"] != "index"} <= {a["href"] for a in soup.find_all("a", href=True)}:
+    body = re.sub(r"<!--aside (\d+)-->", lambda m: page.aside[int(m[1])],
+                  soup.decode(formatter="minimal"))
+    if stem == "index" and not {c["page"] for c in chapters if c["stem"] != "index"} <= {
+        a["href"] for a in soup.find_all("a", href=True)}:
         body += listing(chapters)
-    return (chapter["page"], frame(root, chapters, chapter, body, headings, banner, key)), page.faults
+    return (chapter["page"],
+            frame(root, chapters, chapter, body, headings, banner, key)), page.faults

@@ -15,7 +15,7 @@ FIRST = "<!-- Made from nbs/index.ipynb by `make readme`; edit the notebook. -->
 
 
 def from_root(match: re.Match) -> str:
-    "A link as seen from nbs/, as it is seen from the root."
+    """A link as seen from nbs/, as it is seen from the root."""
     before, target, after = match.groups()
     if re.match(r"[a-z][a-z0-9+.-]*:|//|#", target):
         return match[0]
@@ -23,7 +23,7 @@ def from_root(match: re.Match) -> str:
 
 
 def plain_cells(notebook) -> None:
-    "What nbdev does for the site: the first cell's settings go, hidden cells go, directives go."
+    """What nbdev does for the site: the first cell's settings go, hidden cells go, directives go."""
     shown = []
     for i, cell in enumerate(notebook.cells):
         source = cell.source
@@ -35,17 +35,20 @@ def plain_cells(notebook) -> None:
                 lines = [line for line in lines if not re.match(r"- [\w-]+:", line)]
             cell.source = "\n".join(lines).strip()
             # Quarto's attributes mean nothing on a plain page; its alt text does
-            cell.source = re.sub(r"!\[[^\]]*\](\([^)]*\))\{[^}]*fig-alt=\"([^\"]*)\"[^}]*\}", r"![\2]\1", cell.source)
+            cell.source = re.sub(r"!\[[^\]]*\](\([^)]*\))\{[^}]*fig-alt=\"([^\"]*)\"[^}]*\}",
+                                 r"![\2]\1", cell.source)
             cell.source = re.sub(r"(!\[[^\]]*\]\([^)]*\))\{[^}]*\}", r"\1", cell.source)
         if cell.cell_type == "code":
             flags = [line for line in lines if re.match(r"\s*#\s*\|", line)]
-            names = {m[1]: m[2] for line in flags if (m := re.match(r"\s*#\s*\|\s*([\w-]+)\s*:?\s*(.*)", line))}
+            names = {m[1]: m[2] for line in flags
+                     if (m := re.match(r"\s*#\s*\|\s*([\w-]+)\s*:?\s*(.*)", line))}
             if {"hide", "default_exp"} & names.keys() or names.get("include") == "false":
                 continue
             cell.source = "\n".join(line for line in lines if line not in flags).strip()
             for output in cell.outputs:
                 if any(kind.startswith("image/") for kind in output.get("data", {})):
-                    raise ValueError(f"nbs/index.ipynb cell {i + 1} shows an image: README.md needs a file; save it in nbs/images and show it with ![what it shows](images/name.png)")
+                    raise ValueError(
+                        f"nbs/index.ipynb cell {i + 1} shows an image: README.md needs a file; save it in nbs/images and show it with ![what it shows](images/name.png)")
             if names.get("echo") == "false":
                 cell.source = ""
         shown.append(cell)
@@ -53,30 +56,35 @@ def plain_cells(notebook) -> None:
 
 
 def readme(index: Path) -> str:
-    "The text of README.md for this index notebook."
+    """The text of README.md for this index notebook."""
     import nbformat
     from nbconvert import MarkdownExporter
 
     notebook = nbformat.read(index, as_version=4)
     plain_cells(notebook)
-    notebook.metadata.language_info = {"name": "python"}  # nbdev_clean drops it; the fences of the README name it
+    notebook.metadata.language_info = {
+        "name": "python"}  # nbdev_clean drops it; the fences of the README name it
     text, resources = MarkdownExporter().from_notebook_node(notebook)
     parts = re.split(r"(^```.*?^```[ \t]*$)", text, flags=re.M | re.S)
     for i in range(0, len(parts), 2):
         parts[i] = re.sub(r"(\]\()([^)\s]+)([^)]*\))", from_root, parts[i])
         parts[i] = re.sub(r'((?:src|href)=")([^"]+)(")', from_root, parts[i])
-    return FIRST + re.sub(r"\n{3,}", "\n\n", "".join(line.rstrip() + "\n" for line in "".join(parts).strip().splitlines()))
+    return FIRST + re.sub(r"\n{3,}", "\n\n",
+                          "".join(line.rstrip() + "\n"
+                                  for line in "".join(parts).strip().splitlines()))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--root", type=Path, default=ROOT, help="the project (default: this one)")
-    parser.add_argument("--check", action="store_true", help="change nothing; fail when README.md is not what the notebook gives")
+    parser.add_argument("--check", action="store_true",
+                        help="change nothing; fail when README.md is not what the notebook gives")
     args = parser.parse_args()
     text, path = readme(args.root / "nbs" / "index.ipynb"), args.root / "README.md"
     if args.check:
         same = path.is_file() and path.read_text(encoding="utf-8") == text
-        print("README.md is what nbs/index.ipynb gives." if same else "README.md is not what nbs/index.ipynb gives: run make readme")
+        print("README.md is what nbs/index.ipynb gives."
+              if same else "README.md is not what nbs/index.ipynb gives: run make readme")
         return not same
     path.write_text(text, encoding="utf-8")
     print("wrote README.md")

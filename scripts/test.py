@@ -10,16 +10,18 @@ import sys
 import time
 from pathlib import Path
 
-from book import in_turn, notebooks
+from book import in_turn
+from project import notebooks
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def one(path: Path) -> tuple[Path, int, str, float]:
-    "nbdev_test re-uses its workers, so what one notebook leaves behind would reach the next: hence one process for each."
+    """nbdev_test re-uses its workers, so what one notebook leaves behind would reach the next: hence one process for each."""
     start = time.perf_counter()
     code = "import sys; from nbdev.test import nbdev_test; nbdev_test.__wrapped__(path=sys.argv[1], n_workers=0)"
-    done = subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, capture_output=True,
+                          text=True)
     return path, done.returncode, done.stdout + done.stderr, time.perf_counter() - start
 
 
@@ -33,13 +35,17 @@ def main() -> int:
     print(f"Testing {len(paths)} notebooks, {jobs} at a time.", flush=True)
     with in_turn(jobs) as pool:
         for path, code, said, seconds in pool.map(one, paths):
-            print(f"  {path.stem:<28}{'ok' if code == 0 else 'FAILED':>7} {seconds:>7.1f} s", flush=True)
+            print(f"  {path.stem:<28}{'ok' if code == 0 else 'FAILED':>7} {seconds:>7.1f} s",
+                  flush=True)
             if code:
                 failed.append(path.name)
-                print("".join(f"    | {line}\n" for line in said.strip().splitlines()), end="", flush=True)
-    print(f"Notebooks: {len(paths) - len(failed)} passed, {len(failed)} failed in {time.perf_counter() - start:.0f} s." + (f" Failed: {', '.join(failed)}." if failed else ""), flush=True)
+                print("".join(f"    | {line}\n" for line in said.strip().splitlines()), end="",
+                      flush=True)
+    print(
+        f"Notebooks: {len(paths) - len(failed)} passed, {len(failed)} failed in {time.perf_counter() - start:.0f} s." + (f" Failed: {', '.join(failed)}." if failed else ""), flush=True)
     del os.environ["TQDM_DISABLE"]  # a test looks at the progress bar
-    tests = subprocess.run([sys.executable, "-m", "pytest", "-q", "-n", str(jobs), *sys.argv[1:]], cwd=ROOT)
+    tests = subprocess.run([sys.executable, "-m", "pytest", "-q", "-n", str(jobs), *sys.argv[1:]],
+                           cwd=ROOT)
     return 1 if failed else tests.returncode
 
 

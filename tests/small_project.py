@@ -45,8 +45,8 @@ FIRST = [
     shown("import matplotlib.pyplot as plt\nimport pandas as pd\nfrom IPython.display import HTML"),
     new_markdown_cell("## A formula\n\nWith $a_t^2 \\le \\frac{1}{2}$ and the code `$HOME @fig-none`:\n\n$$ h_{t+1} = \\Phi(h_t, x) $$ {#eq-step}\n\nas @eq-step says, costs \\$5 and 10$ more. See @fig-line and @fig-move, "
                       "[the second chapter](10_second.ipynb), [a part of it](10_second.ipynb#here), and [what is exported](https://feedback-nb.github.io/feedback_nb/second.html#here).\n\n| symbol | name |\n|---|---|\n| $h$ | `h` |"),
-    shown("#| export\ndef area(\n    width: float,  # side in metres\n    cost: Decimal | None = None,  # price per square metre\n) -> Later:  # area in square metres\n    \"The area of a square.\"\n    return Later(width * width)"),
-    shown("#| export\nclass Later(float):\n    \"A number that is defined after it is used.\""),
+    shown("#| export\ndef area(\n    width: float,  # side in metres\n    cost: Decimal | None = None,  # price per square metre\n) -> Later:  # area in square metres\n    \"\"\"The area of a square.\"\"\"\n    return Later(width * width)"),
+    shown("#| export\nclass Later(float):\n    \"\"\"A number that is defined after it is used.\"\"\""),
     shown("assert area(2) == 4\narea(3)", text("9.0")),
     shown("#| label: fig-line\n#| fig-cap: \"A line: $y = x$.\"\n#| fig-alt: \"A straight line & nothing else.\"\nimport math\nfig, ax = plt.subplots(figsize=(2, 1))\nax.plot([0, math.pi])\nplt.show()",
           new_output("display_data", {"image/png": pixel(), "text/plain": "<Figure>"})),

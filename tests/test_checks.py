@@ -9,6 +9,7 @@ from small_project import ROOT, SCRIPTS, copy_of
 
 sys.path.insert(0, str(SCRIPTS))
 
+import budget
 import check_notebooks as check
 from readme import readme
 
@@ -162,6 +163,90 @@ def test_this_book_keeps_the_rules(path):
 
 def test_this_book_is_exported():
     assert check.check_export(ROOT) == []
+
+
+# ---------------------------------------------------------------- the reading budget
+
+def module_of(project, text):
+    """Make `text` a module of the small project; what the budget says about it."""
+    (project / "mini" / "extra.py").write_text(text, encoding="utf-8")
+    return "\n".join(budget.check_budget(project))
+
+
+LONG = "x" * 101
+
+
+@pytest.mark.parametrize("text, said", [
+    ("x = 1\n" * 301, "301 code lines"),
+    ("raise ValueError('a')\nraise ValueError('b')\n", "2 raises, at most 25 per 1,000"),
+    (f"raise ValueError('{LONG}')", "1 error messages of more than 100"),
+    (f"raise ValueError(f'{LONG[:50]}' f'{{{{x}}}}' + '{LONG[:43]}')", "1 error messages of more"),
+    (f"raise ValueError('{LONG[:20]}' + ('{LONG}' if x else ''))", "1 error messages of more"),
+    ("def f():\n    'What it does.'", "1 docstrings that are not"),
+    ("x: 'int'", "1 types in quotes"),
+    ("def f(x: Optional[int]) -> 'int': pass", "2 types in quotes"),
+    (f"f = lambda x: '{LONG[:40]}'", "1 lambdas of more than 50"),
+])
+def test_the_budget_finds_what_is_too_much(project, text, said):
+    assert f"mini/extra.py: {said}" in module_of(project, text)
+
+
+@pytest.mark.parametrize("text", [
+    "x = 1  # a comment\n\n# and one\n" * 300,
+    "def f():\n    raise ValueError('a')\n    raise\n",
+    f"raise ValueError(f'{LONG[:84]}{{x}}{{y}}')",
+    '"""What it does."""\ndef f(x: Literal["a"], y: list[int] | None = None) -> dict: pass',
+])
+def test_what_is_within_the_budget(project, text):
+    assert module_of(project, text) == ""
+
+
+def test_columns_are_those_of_cells_summaries_and_scripts(project):
+    change(project, "10_second", lambda cells: cells[1]["source"].append(f"\n{LONG} = 1"))
+    change(project, "00_first", lambda cells: cells[0].update(source=["# First\n", f"> {LONG}"]))
+    (project / "scripts").mkdir()
+    (project / "scripts" / "tool.py").write_text(f"'''doc'''\n{LONG} = 1\n", encoding="utf-8")
+    said = "\n".join(budget.check_budget(project))
+    assert all(f"{name}: 1 lines of more than 100 columns" in said
+               for name in ("nbs/10_second.ipynb", "nbs/00_first.ipynb", "scripts/tool.py"))
+    assert "scripts/tool.py: 1 docstrings" in said
+    change(project, "10_second", lambda cells: cells[1].update(source=[f"#| fig-cap: {LONG}"]))
+    assert "10_second" not in "\n".join(budget.check_budget(project))
+
+
+def test_a_known_exception_may_shrink_not_grow_and_goes_when_it_is_not_needed(project):
+    (project / "scripts").mkdir()
+    known = project / "scripts" / "budget.yml"
+    known.write_text("exceptions:\n  docstrings: {mini/extra.py: 2}\n", encoding="utf-8")
+    lines = [f"def f{i}():\n    'What it does.'\n" for i in range(3)]
+    assert '3 docstrings that are not in """; 2 allowed' in module_of(project, "".join(lines))
+    assert module_of(project, "".join(lines[:2])) == module_of(project, lines[0]) == ""
+    assert "mini/extra.py needs no exception from docstrings" in module_of(project, "x = 1")
+    module_of(project, "".join(lines))
+    budget.write(project)
+    assert budget.check_budget(project) == [] and "mini/extra.py: 3" in known.read_text("utf-8")
+
+
+def test_arrows_point_down_and_no_module_stands_in_a_circle(project):
+    (project / "scripts").mkdir()
+    layers = "layers: [top other, middle, shapes]\nsideways: [top -> other]\n"
+    (project / "scripts" / "budget.yml").write_text(layers, encoding="utf-8")
+    for name, text in {
+        "top": "from .shapes import area\nfrom .other import x\nimport mini.middle",
+        "other": "def f():\n    from mini import top",  # inside a function counts as well
+        "middle": "from .nowhere import x",
+        "shapes": "from mini.middle import x",
+        "nowhere": "import math",
+    }.items():
+        (project / "mini" / f"{name}.py").write_text(text, encoding="utf-8")
+    said = budget.check_budget(project)
+    wrong = [fault.split(":")[0] for fault in said if "do not point down" in fault]
+    assert wrong == ["middle -> nowhere", "other -> top", "shapes -> middle"]
+    assert "mini: 2 modules in a circle of imports; 0 allowed" in said
+
+
+def test_this_book_keeps_its_budget():
+    assert budget.check_budget(ROOT) == []
 
 
 def test_this_book_has_its_readme_and_sidebar():

@@ -13,24 +13,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted(p.stem for p in (ROOT / "feedback_nb").glob("*.py") if p.stem not in ("__init__", "_modidx"))
-# Who may import whom when it is loaded; "arrows point down, no other".
-MAY_IMPORT = {
-    "fixed_points": set(),
-    "feedback": {"fixed_points"},
-    "data": {"feedback"},
-    "training": {"feedback", "fixed_points"},
-    "evaluation": {"feedback", "fixed_points"},
-    "plots": {"feedback"},
-    "unet": {"feedback", "fixed_points", "data", "training", "evaluation", "plots"},
-    "lrm": {"feedback", "fixed_points", "data", "training", "evaluation", "plots"},
-    "steering": {"lrm", "feedback", "fixed_points", "data", "training", "evaluation", "plots"},
-    "signatures": {"feedback", "fixed_points", "data", "training", "evaluation", "plots"},
-    "cbl": {"feedback", "fixed_points", "data", "training", "evaluation", "plots"},
-    "patterns": set(),
-    "caps": {"patterns", "feedback", "fixed_points", "data", "training", "evaluation", "plots"},
-    "fftnet": {"feedback", "fixed_points", "data", "training", "evaluation", "plots"},
-    "long_sequences": {"fftnet", "feedback", "fixed_points", "data", "training", "evaluation", "plots"},
-}
 LIGHT = "torchvision torchaudio pandas matplotlib sklearn scipy accelerate safetensors captum tqdm IPython PIL".split()
 
 
@@ -68,16 +50,6 @@ sys.addaudithook(hook)
     assert done.returncode == 0, done.stderr
     events = [line for line in done.stdout.splitlines() if "os.listdir" not in line]  # Python's own import system lists folders
     assert not events
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_arrows_point_down(module):
-    text = (ROOT / "feedback_nb" / f"{module}.py").read_text(encoding="utf-8")
-    found = set(re.findall(r"^(?:from \.(\w+) import|from feedback_nb\.(\w+) import)", text, re.M))
-    assert {a or b for a, b in found} <= MAY_IMPORT[module]
-    if module == "fixed_points":
-        third_party = set(re.findall(r"^(?:import|from) (\w+)", text, re.M)) - set(sys.stdlib_module_names) - {"torch", "feedback_nb"}
-        assert not third_party
 
 
 # module: {name: the parameters that other people's scripts pass}

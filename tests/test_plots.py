@@ -122,40 +122,40 @@ def test_a_figure_that_grows_too_large_is_stopped_early():
         fig.clear()
         fig.add_axes([0, 0, 1, 1]).imshow(np.random.default_rng(t).random((600, 800)))
 
-    with pytest.raises(ValueError, match=r"2 MB: 5000 frames .* Use at most \d frames"):
+    with pytest.raises(ValueError, match=r"5000 frames .* 2 MB.* at most \d"):
         animate(fig, noise, 5000, alt="noise")
     assert len(drawn) < 12
 
 
 @pytest.mark.parametrize("call, message", [
     (lambda: sliders(line, a=[1], alt=""), "alt is empty"),
-    (lambda: sliders(line, alt="none"), "at least one value"),
-    (lambda: sliders(line, a=[], alt="none"), "at least one value: a"),
-    (lambda: animate(plt.figure(), print, [], alt="none"), "at least one frame"),
-    (lambda: animate(plt.figure(), print, 3, interval=0, alt="none"), "positive interval"),
-    (lambda: learning_curves({}), "histories is empty"),
-    (lambda: learning_curves({"cbl": []}), "'cbl' has no runs"),
-    (lambda: learning_curves({"cbl": pd.DataFrame({"epoch": [1], "loss": [2.0]})}, y="los"), "did you mean 'loss'"),
-    (lambda: learning_curves({"cbl": [pd.DataFrame({"epoch": e, "l": [1.0, 2.0]}) for e in ([1, 2], [1, 3])]}, y="l"), "do not share 'epoch'"),
-    (lambda: curves({}, x="sigma"), "no runs"),
+    (lambda: sliders(line, alt="none"), "sliders"),
+    (lambda: sliders(line, a=[], alt="none"), "values of a"),
+    (lambda: animate(plt.figure(), print, [], alt="none"), "frame"),
+    (lambda: animate(plt.figure(), print, 3, interval=0, alt="none"), "interval"),
+    (lambda: learning_curves({}), "runs"),
+    (lambda: learning_curves({"cbl": []}), "runs of 'cbl'"),
+    (lambda: learning_curves({"cbl": pd.DataFrame({"epoch": [1], "loss": [2.0]})}, y="los"), "'los'.*'loss'"),
+    (lambda: learning_curves({"cbl": [pd.DataFrame({"epoch": e, "l": [1.0, 2.0]}) for e in ([1, 2], [1, 3])]}, y="l"), "'epoch'"),
+    (lambda: curves({}, x="sigma"), "runs"),
     (lambda: curves({"cbl": pd.DataFrame({"severity": [1, 1], "accuracy": [0.5, 0.6]})}, x="severity"), "twice"),
-    (lambda: pca_trajectory([]), "one tensor"),
-    (lambda: pca_trajectory(torch.zeros(3, 4)), r"one tensor \(B, …\)"),
+    (lambda: pca_trajectory([]), "states"),
+    (lambda: pca_trajectory(torch.zeros(3, 4)), "states"),
     (lambda: pca_trajectory([torch.zeros(3, 4), torch.zeros(2, 4)]), r"\(2, 4\)"),
     (lambda: pca_trajectory([torch.zeros(3, 4), torch.full((3, 4), torch.inf)]), "step 1 are not finite"),
-    (lambda: pca_trajectory(torch.zeros(3, 4, 5), labels=[0, 1]), "4 examples need as many labels, got 2"),
-    (lambda: pca_trajectory(torch.zeros(3, 4, 5), upto=3), "between 0 and 2, got 3"),
-    (lambda: image_grid([]), "no pictures"),
+    (lambda: pca_trajectory(torch.zeros(3, 4, 5), labels=[0, 1]), "labels.* 4.* 2"),
+    (lambda: pca_trajectory(torch.zeros(3, 4, 5), upto=3), "upto.* 2.* 3"),
+    (lambda: image_grid([]), "images"),
     (lambda: image_grid(torch.zeros(2, 2, 8, 8)), r"\(2, 8, 8\)"),
     (lambda: image_grid(torch.full((2, 8, 8), 1.5)), "beyond limits 0 … 1"),
     (lambda: image_grid(torch.full((2, 8, 8), torch.nan)), "beyond limits"),
-    (lambda: image_grid(torch.zeros(3, 8, 8), titles=["a"]), "expected 3 titles, got 1"),
-    (lambda: image_grid(torch.zeros(3, 8, 8), columns=2, rows=["a"]), "expected 2 rows, got 1"),
+    (lambda: image_grid(torch.zeros(3, 8, 8), titles=["a"]), "titles.* 3.* 1"),
+    (lambda: image_grid(torch.zeros(3, 8, 8), columns=2, rows=["a"]), "rows.* 2.* 1"),
     (lambda: image_grid(torch.zeros(3, 8, 8), columns=0), "columns"),
-    (lambda: beside_paper({"a": {"paper": 1}}), "without its source"),
-    (lambda: beside_paper({"a": {"papers": 1}}), "unknown key 'papers'"),
-    (lambda: beside_paper({"a": {"here": []}}), "at least one"),
-    (lambda: beside_paper({"a": {"here": [1.0, float("inf")]}}), "all finite"),
+    (lambda: beside_paper({"a": {"paper": 1}}), "'a'.*source"),
+    (lambda: beside_paper({"a": {"papers": 1}}), "'papers'.*key.*'a'"),
+    (lambda: beside_paper({"a": {"here": []}}), "'a'"),
+    (lambda: beside_paper({"a": {"here": [1.0, float("inf")]}}), "'a'.*inf"),
 ])
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
