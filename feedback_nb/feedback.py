@@ -238,6 +238,7 @@ def record(
     n_steps = torch.zeros(len(batch), dtype=torch.long, device=batch.device)
     for new in states:
         residual = relative_residual(measured(_change(new, old)), measured(old.h))
+        residual = residual.expand_as(n_steps)  # a steering vector may stand for all examples
         n_steps, old = n_steps + active, new
         if tol is not None:
             new = State(*_where(active, new[:2], shown[:2]))

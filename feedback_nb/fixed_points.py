@@ -26,7 +26,7 @@ def _lengths(tree: Any) -> Tensor:
     rows = [leaf.flatten(1) if leaf.dim() > 1 else leaf.unsqueeze(1) for leaf in leaves]
     norms = [torch.linalg.vector_norm(row, dim=1, dtype=torch.promote_types(row.dtype, torch.float32))
              for row in rows]
-    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms, 1), dim=1)
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(torch.broadcast_tensors(*norms), 1), dim=1)
 
 
 @torch.no_grad()
