@@ -10,7 +10,6 @@ __all__ = ['Steer', 'one_hot', 'contrast', 'instance', 'Prototypes', 'prototype'
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations, islice
-from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -27,7 +26,7 @@ from .training import batches, kept_modes, kept_random_state
 def _gains(gain) -> tuple:
     """(negative, positive), checked."""
     pair = tuple(gain) if isinstance(gain, (tuple, list)) else (gain, gain)
-    numbers = all(isinstance(g, Real) or torch.is_tensor(g) and g.dim() == 0 for g in pair)
+    numbers = all(isinstance(g, (int, float)) or torch.is_tensor(g) and g.dim() == 0 for g in pair)
     if len(pair) != 2 or not numbers or not all(0 <= g < math.inf for g in pair):
         raise ValueError(f"gain must be a finite number ≥ 0 or a pair of them, got {gain!r}")
     return pair
@@ -72,16 +71,14 @@ class Steer:
         """What stands in the source's place in the next pass."""
         if not torch.is_tensor(self.blend) and self.blend == 0:
             return {}
-        own = stored.get(self.source)
-        if own is None:
-            return {self.source: self.vector}
-        return {self.source: _mixed(own, self.vector, self.blend, self.source)}
+        own, vector = stored.get(self.source), self.vector
+        replaced = vector if own is None else _mixed(own, vector, self.blend, self.source)
+        return {self.source: replaced}
 
     def __repr__(self):
         blend = tuple(self.blend.shape) if torch.is_tensor(self.blend) else self.blend
-        how = f"{blend=}, from_first_pass={self.from_first_pass}"
-        what = f"vector of shape {tuple(self.vector.shape)}, gain={self.gains[self.source]}"
-        return f"Steer({self.source!r}, {what}, {how})"
+        how = f"gain={self.gains[self.source]}, {blend=}, from_first_pass={self.from_first_pass}"
+        return f"Steer({self.source!r}, vector of shape {tuple(self.vector.shape)}, {how})"
 
 # %% ../nbs/35_steering.ipynb #b972d26a
 def _mixed(own: torch.Tensor, vector: torch.Tensor, blend, source: str) -> torch.Tensor:
@@ -140,10 +137,9 @@ def contrast(
 
 # %% ../nbs/35_steering.ipynb #c8f51ab7
 def _source(model: LRM, source: str | None) -> str:
-    names = list(model.sources)
-    source = names[-1] if source is None else source
-    need_known(source, names, "source of this model")
-    return source
+    name = source or next(reversed(model.sources))
+    need_known(name, model.sources, "source of this model")
+    return name
 
 
 @torch.no_grad()
