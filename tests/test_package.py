@@ -16,6 +16,7 @@ MODULES = sorted(p.stem for p in (ROOT / "feedback_nb").glob("*.py") if p.stem n
 # Who may import whom when it is loaded; "arrows point down, no other".
 MAY_IMPORT = {
     "fixed_points": set(),
+    "certificates": set(),
     "feedback": {"fixed_points"},
     "data": {"feedback"},
     "training": {"feedback", "fixed_points"},
@@ -88,8 +89,10 @@ CONTRACT = {
         "lipschitz": ["f", "h"],
         "banach_bounds": ["q", "first_step", "n"],
         "a_posteriori": ["q", "last_step"],
+        "relative_residual": ["change", "h"],
         "fixed_point": ["f", "h0"],
     },
+    "certificates": {"jacobian_norm": ["f", "h"], "conv_norm_bound": ["conv"], "lipschitz_upper": ["net", "shape"]},
     "feedback": {
         "Trajectory": ["outputs", "residuals", "states"],
         "FeedbackModel": ["steps"],
