@@ -8,6 +8,7 @@ import torchvision
 from torch import nn
 
 from feedback_nb.cbl import CBL
+from feedback_nb.evaluation import cost
 from feedback_nb.lrm import LRM
 from feedback_nb.networks import (
     SmallAlexNet,
@@ -189,6 +190,12 @@ def test_multiply_adds_by_hand():
     x = torch.zeros(2, 2, 4, 4)
     assert multiply_adds(net, x) == 2 * (3 * 2 * 9 * 16 + 48 * 5)
     assert net.training and next(net.parameters()).device.type == "cpu"
+    looped = CBL(cnn(1, width=2), example=torch.zeros(1, 1, 8, 8), steps=3)
+    x = torch.zeros(1, 1, 16, 16)
+    table = cost({"net": looped.net, "loop": looped}, x, train=False, seconds=1e-3, rounds=1)
+    for name, count in [("net", multiply_adds(looped.net, x)), ("loop", multiply_adds(looped, x))]:
+        assert table.loc[name, "mflops"] * 1e6 == pytest.approx(2 * count)  # as the table of costs
+    assert multiply_adds(looped, x, steps=0) == multiply_adds(looped.net, x)
     block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)  # torch's fused block counts, too
     assert multiply_adds(block, torch.zeros(1, 5, 8)) == 5 * (4 * 64 + 2 * 8 * 16) + 2 * 25 * 8
     assert multiply_adds(nn.LSTM(4, 6, batch_first=True), torch.zeros(1, 5, 4)) == 5 * 4 * 6 * (4 + 6)
