@@ -12,6 +12,7 @@ import copy
 import math
 import operator
 import threading
+import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -83,8 +84,11 @@ def _change(new, old):
 
 
 def _no_numbers(tree):
-    """While a graph is compiled and on the meta device there is nothing to look at."""
-    return torch.compiler.is_compiling() or tree_leaves(tree)[0].is_meta
+    """Nothing to look at: a graph is compiled, on the meta device, inside `torch.func.vmap`."""
+    if torch.compiler.is_compiling() or tree_leaves(tree)[0].is_meta:
+        return True
+    transforms = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: None)
+    return transforms() is not None
 
 
 def _warn_missed(name, found, tol):
@@ -99,18 +103,22 @@ def _warn_missed(name, found, tol):
 # %% ../nbs/01_feedback.ipynb #1599dddc
 #| code-fold: true
 #| code-summary: "Statistics of batch norm for every pass"
+_thread = threading.local()  # .running: (statistics, pass, is it computed a second time)
+
+
 class _PassNorm:
     """Stands in for the `forward` of one batch norm: reads and moves the running pass's set."""
 
-    def __init__(self, layer, name, statistics):
-        self.layer, self.name, self.statistics = layer, name, statistics
-        self.inner = layer.__dict__.get("forward")  # another model's stand-in, when there is one
+    def __init__(self, layer):
+        self.layer, self.names = layer, {}  # names: {token of a model's statistics: its name there}
+        self.inner = layer.__dict__.get("forward")  # another stand-in, when there is one
 
     def __call__(self, x):
-        layer, (t, again) = self.layer, self.statistics.running()
-        if not (t or again):
+        layer, (statistics, t, again) = self.layer, getattr(_thread, "running", (None, 0, False))
+        name = None if statistics is None else self.names.get(statistics.token)
+        if name is None or not (t or again):
             return self.inner(x) if self.inner else type(layer).forward(layer, x)
-        sets = self.statistics.of(self.name, t)
+        sets = statistics.of(name, t)
         mean, var, count = [b.clone() for b in sets] if again else sets  # what ran twice counts once
         if type(layer).forward is not _BatchNorm.forward:
             twin = copy.copy(layer)
@@ -128,27 +136,27 @@ class _PassNorm:
 class _Running:
     """Sets the pass of this thread inside a `with` block."""
 
-    def __init__(self, statistics, now):
-        self.statistics, self.now = statistics, now
+    def __init__(self, *now):
+        self.now = now
 
     def __enter__(self):
-        self.before = self.statistics.running()
-        self.statistics.local.now = self.now
+        self.before = getattr(_thread, "running", (None, 0, False))
+        _thread.running = self.now
 
     def __exit__(self, *error):
-        self.statistics.local.now = self.before
+        _thread.running = self.before
 
 # %% ../nbs/01_feedback.ipynb #bcd04d6b
 #| code-fold: true
 #| code-summary: "Where the sets are kept, loaded and copied"
-class _Local(threading.local):
-    """Which pass runs in this thread; copies begin outside of any pass."""
-
-    def __deepcopy__(self, memo):
-        return _Local()
-
-    def __reduce__(self):
-        return _Local, ()
+def _stand_in(layer):
+    """The layer's `_PassNorm`, which all models that share the layer share."""
+    found = layer.__dict__.get("forward")
+    while found is not None and not isinstance(found, _PassNorm):
+        found = getattr(found, "inner", None)
+    if found is None:
+        found = layer.forward = _PassNorm(layer)
+    return found
 
 
 class PassStatistics(nn.Module):
@@ -159,14 +167,14 @@ class PassStatistics(nn.Module):
     def __init__(self, passes: int):
         super().__init__()
         self.passes, self.shared = passes, False  # shared: all passes use the layers' own again
-        self.local, self.layers = _Local(), {}
+        self.token, self.layers = uuid.uuid4().hex, {}
 
     def add(self, name, net):
         """A set per pass for every batch norm that keeps statistics."""
         for path, layer in net.named_modules(prefix=name):
             if isinstance(layer, _NormBase) and layer.running_mean is not None:
-                self.layers[path.replace(".", "/")] = layer
-                layer.forward = _PassNorm(layer, path.replace(".", "/"), self)
+                name = path.replace(".", "/")
+                self.layers[name], _stand_in(layer).names[self.token] = layer, name
                 layer.register_load_state_dict_post_hook(self.restart)
         self.restart()
 
@@ -185,10 +193,6 @@ class PassStatistics(nn.Module):
 
     def extra_repr(self):
         return f"{len(self.layers)} layers, passes 1 to {self.passes}"
-
-    def running(self):
-        """(pass, is it computed a second time), of this thread."""
-        return getattr(self.local, "now", (0, False))
 
     def _load_from_state_dict(self, state_dict, prefix, *rest):
         if not any(key.startswith(prefix) for key in state_dict):
@@ -221,7 +225,7 @@ class _Passes(nn.Module):
 
     def passing(self, t, again=False):
         """A block in which batch norms use the statistics of pass t (again: and count nothing)."""
-        return nullcontext() if self.statistics is None else _Running(self.statistics, (t, again))
+        return nullcontext() if self.statistics is None else _Running(self.statistics, t, again)
 
 # %% ../nbs/01_feedback.ipynb #62c20c9c
 def record(
@@ -345,6 +349,10 @@ class FeedbackModel(_Passes):
         """The answer after T refinements, so that the model drops into any PyTorch loop."""
         trajectory = self.trajectory(x, **kwargs)
         return trajectory if return_trajectory else trajectory.output
+
+    def _replicate_for_data_parallel(self):
+        why = "nn.DataParallel cannot copy what stands in for a layer"
+        raise RuntimeError(f"{why}; use DistributedDataParallel, or fit(…) of chapter 03")
 
     def check(self, x, outputs, **context):
         """`FloatingPointError` that names layer and step when an output is not finite."""

@@ -9,7 +9,6 @@ __all__ = ['RELEASED', 'ALEXNET', 'Connection', 'as_maps', 'resize', 'PaperDrive
 # %% ../nbs/30_lrm.ipynb #fb2cf113
 #| code-fold: true
 #| code-summary: "Imports"
-import hashlib
 import re
 from http.client import HTTPException
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .feedback import FeedbackModel, State
+from .files import checksum
 from .networks import suggest_connections
 from .replay import Named, Replay, Site, check_reach, state_of, with_state
 
@@ -260,9 +260,8 @@ class LRM(FeedbackModel):
             if all(name != connection.source for connection in later):
                 why = "it is heard in the pass in which it fires"
                 raise ValueError(f"steering {name!r} changes nothing: {why}")
-            value = value.movedim(1, site.dim) if value.dim() == len(site.shape) else value
-            n = len(fired.get(name, value))  # a state has every example
-            replaced[name] = value.expand(n, *value.shape[1:])
+            whole = value.dim() == len(site.shape)
+            replaced[name] = value.movedim(1, site.dim) if whole else value
         return {**fired, **replaced}
 
 # %% ../nbs/30_lrm.ipynb #7cc10716
@@ -381,10 +380,8 @@ def fetch_weights(
             error = error if isinstance(error, OSError) else OSError(str(error))
             error.add_note(f"{url} could not be fetched; fetch it by hand and pass weights=path")
             raise error
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if not digest.startswith(found[1]):
-        raise ValueError(f"{path} is damaged, sha256 {digest[:10]}…; delete it and try again")
+    if not checksum(path).startswith(found[1]):
+        raise ValueError(f"{path} is damaged: another checksum; delete it and try again")
     return path
 
 

@@ -32,7 +32,12 @@ class Odd(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.twice, self.rnn, self.spare, self.out = nn.Linear(6, 6), nn.LSTM(6, 4, batch_first=True), nn.Linear(1, 1), nn.Linear(4, 3)
+        self.twice, self.rnn, self.spare, self.out = (
+            nn.Linear(6, 6),
+            nn.LSTM(6, 4, batch_first=True),
+            nn.Linear(1, 1),
+            nn.Linear(4, 3),
+        )
 
     def forward(self, x):
         h, _ = self.rnn(torch.tanh(self.twice(torch.tanh(self.twice(x)))))
@@ -73,7 +78,9 @@ def test_edit_changes_tuples_and_every_call(net, x):
     assert all(not call.any() for call in seen.calls["twice"])
 
 
-@pytest.mark.parametrize("manager", [lambda net: tap(net, ["twice"]), lambda net: edit(net, {"twice": lambda h: h})])
+@pytest.mark.parametrize(
+    "manager", [lambda net: tap(net, ["twice"]), lambda net: edit(net, {"twice": lambda h: h})]
+)
 def test_hooks_are_removed_when_the_pass_raises(net, manager):
     with pytest.raises(RuntimeError), manager(net):
         net(torch.randn(2, 5, 7))
@@ -102,7 +109,9 @@ def test_no_grad_functional_call_deepcopy_and_pickle_inside_a_tap(net, x):
         n = len(seen.calls["twice"])
         for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
             assert_close(twin(x), net(x))
-        assert len(seen.calls["twice"]) == n + 4  # two for each net(x); the copies' own passes are not recorded
+        assert (
+            len(seen.calls["twice"]) == n + 4
+        )  # two for each net(x); the copies' own passes are not recorded
     assert hooks(net) == 0
 
 
@@ -110,7 +119,10 @@ def test_layer_shapes_leaves_mode_and_statistics_alone():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout())
     net[2].eval()
     before = copy.deepcopy(net.state_dict())
-    assert layer_shapes(net, ["0", "1"], torch.randn(2, 3, 8, 8)) == {"0": (2, 4, 6, 6), "1": (2, 4, 6, 6)}
+    assert layer_shapes(net, ["0", "1"], torch.randn(2, 3, 8, 8)) == {
+        "0": (2, 4, 6, 6),
+        "1": (2, 4, 6, 6),
+    }
     assert net.training and net[1].training and not net[2].training
     for key, value in net.state_dict().items():
         assert torch.equal(value, before[key]), key
@@ -145,7 +157,9 @@ def test_settled_before_keeps_a_layer_that_runs_again_later():
     shared = nn.ReLU()
     net = nn.Sequential(nn.Linear(2, 2), shared, nn.Linear(2, 2), shared)
     calls, _ = trace_calls(net, torch.randn(1, 2))
-    assert settled_before(calls, "2") == ["0"]  # the ReLU runs after layer 2 as well, so it is not settled
+    assert settled_before(calls, "2") == [
+        "0"
+    ]  # the ReLU runs after layer 2 as well, so it is not settled
 
 
 def test_splice_is_silent_and_survives_copies(net, x):
@@ -182,8 +196,13 @@ def test_a_handler_runs_the_layer_on_other_arguments():
     net, x = Net(), torch.randn(2, 4)
     splice = Splice(net, ["scaled"])
     change = lambda args, kwargs: ((args[0] + 1,), {"by": 10 * kwargs["by"]})
-    torch.testing.assert_close(splice.run(net, x, lambda name, k, compute: compute(change)), 30 * (x + 1))
-    torch.testing.assert_close(splice.run(net, x, lambda name, k, compute: compute() + compute(change)), 3 * x + 30 * (x + 1))
+    torch.testing.assert_close(
+        splice.run(net, x, lambda name, k, compute: compute(change)), 30 * (x + 1)
+    )
+    torch.testing.assert_close(
+        splice.run(net, x, lambda name, k, compute: compute() + compute(change)),
+        3 * x + 30 * (x + 1),
+    )
 
 
 def test_splice_is_put_back_when_the_handler_raises(net, x):
@@ -223,7 +242,9 @@ def test_closest_layers():
     assert "features" not in closest_layers("fc", alexnet)
     assert closest_layers("conv4", alexnet)[0] == "features.8"  # the fourth convolution
     assert closest_layers("relu1", alexnet)[0] == "features.1"
-    assert closest_layers("Layer4.1", resnet)[0] == closest_layers("layer4_1", resnet)[0] == "layer4.1"
+    assert (
+        closest_layers("Layer4.1", resnet)[0] == closest_layers("layer4_1", resnet)[0] == "layer4.1"
+    )
     assert set(closest_layers("layer5", resnet)) >= {"layer1", "layer2", "layer3", "layer4"}
     assert closest_layers("head", resnet)[0] == closest_layers("logits", resnet)[0] == "fc"
     assert closest_layers("fc", vit)[0] == "heads.head"
@@ -240,7 +261,9 @@ def test_closest_layers():
 
 def mlp(**options):
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3), **options)
+    return nn.Sequential(
+        nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3), **options
+    )
 
 
 V = torch.randn(5, 4, generator=torch.Generator().manual_seed(2))
@@ -308,7 +331,12 @@ def test_a_change_that_does_not_reach_the_output_is_refused_by_name():
     class ReadsLast(nn.Module):
         def __init__(self, detach=False):
             super().__init__()
-            self.stem, self.rnn, self.head, self.detach = nn.Linear(4, 4), nn.LSTM(4, 6, batch_first=True), nn.Linear(6, 3), detach
+            self.stem, self.rnn, self.head, self.detach = (
+                nn.Linear(4, 4),
+                nn.LSTM(4, 6, batch_first=True),
+                nn.Linear(6, 3),
+                detach,
+            )
 
         def forward(self, x):
             h, (last, _) = self.rnn(self.stem(x))
@@ -321,7 +349,9 @@ def test_a_change_that_does_not_reach_the_output_is_refused_by_name():
     with pytest.raises(ValueError, match="'rnn' does not reach the output"):
         LRM(ReadsLast(), [("head", "rnn")], example=x)
     CBL(ReadsLast(), ["stem"], example=x)
-    CBL(ReadsLast(detach=True), ["rnn"], example=x)  # the state reaches the output, if no gradient does
+    CBL(
+        ReadsLast(detach=True), ["rnn"], example=x
+    )  # the state reaches the output, if no gradient does
     state = torch.get_rng_state()
     CBL(mlp(), ["1"], example=V, learn_alpha=False)
     torch.set_rng_state(state)
@@ -341,7 +371,9 @@ def test_a_head_that_is_heard_may_leave_the_output_alone():
             self.aside(h)
             return self.head(h)
 
-    LRM(Two(), [("aside", "a"), ("head", "aside")], example=V)  # aside is heard, and so may be changed
+    LRM(
+        Two(), [("aside", "a"), ("head", "aside")], example=V
+    )  # aside is heard, and so may be changed
     with pytest.raises(ValueError, match="'aside'"):
         LRM(Two(), [("head", "aside")], example=V)
 
@@ -359,9 +391,14 @@ def test_a_nested_tensor_is_refused_with_the_remedy():
     torch.manual_seed(0)
     x = torch.randn(3, 5, 8)
     x[0, 3:] = 0
-    with pytest.raises(ValueError, match="'encoder.layers.1' returns a nested tensor.*enable_nested_tensor=False"):
+    with pytest.raises(
+        ValueError, match="'encoder.layers.1' returns a nested tensor.*enable_nested_tensor=False"
+    ):
         CBL(Padded(), ["encoder.layers.0", "encoder.layers.1"][1:], example=x)
-    for net, layers in ((Padded(), ["encoder"]), (Padded(enable_nested_tensor=False), ["encoder.layers.0", "encoder.layers.1"])):
+    for net, layers in (
+        (Padded(), ["encoder"]),
+        (Padded(enable_nested_tensor=False), ["encoder.layers.0", "encoder.layers.1"]),
+    ):
         model = CBL(net, layers, example=x).eval()
         with torch.no_grad():
             assert_close(model(x, steps=0), net(x))
@@ -388,14 +425,26 @@ def test_channels_of_a_swin_transformer_are_last():
 
     with pytest.raises(ValueError, match="'norm'.*channel_dims"):
         CBL(Fixed(), ["norm"], example=torch.randn(2, 6, 8, 8))
-    assert CBL(Fixed(), ["norm"], example=torch.randn(2, 6, 8, 8), channel_dims={"norm": 3}).sites["norm", 0].channels == 6
+    assert (
+        CBL(Fixed(), ["norm"], example=torch.randn(2, 6, 8, 8), channel_dims={"norm": 3})
+        .sites["norm", 0]
+        .channels
+        == 6
+    )
 
 
 def test_new_parts_have_the_networks_dtype():
     for dtype in (torch.bfloat16, torch.float64):
         x = V.to(dtype)
-        for model in (CBL(mlp().to(dtype), ["1", "3"], example=x), LRM(mlp().to(dtype), [("3", "1")], example=x)):
-            parts = [p for name, p in model.named_parameters() if not name.startswith(("net", "backbone", "alpha"))]
+        for model in (
+            CBL(mlp().to(dtype), ["1", "3"], example=x),
+            LRM(mlp().to(dtype), [("3", "1")], example=x),
+        ):
+            parts = [
+                p
+                for name, p in model.named_parameters()
+                if not name.startswith(("net", "backbone", "alpha"))
+            ]
             assert {p.dtype for p in parts} == {dtype} and model(x).dtype == dtype
 
 
@@ -410,7 +459,13 @@ class Both(nn.Module):
         return self.head(torch.tanh(self.a(left) + scale * self.b(right)))
 
 
-@pytest.mark.parametrize("wrap", [lambda net, x: CBL(net, ["a", "b"], example=x), lambda net, x: LRM(net, [("head", "a")], example=x)])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda net, x: CBL(net, ["a", "b"], example=x),
+        lambda net, x: LRM(net, [("head", "a")], example=x),
+    ],
+)
 def test_networks_of_several_inputs(wrap):
     torch.manual_seed(0)
     net, x = Both(), (torch.randn(2, 4), torch.randn(2, 5))
@@ -437,11 +492,16 @@ def test_a_network_may_be_wrapped_as_often_as_one_likes():
 def test_a_wrapped_model_is_not_wrapped_again():
     for inner in (CBL(mlp(), ["1", "3"], example=V), LRM(mlp(), [("3", "1")], example=V)):
         name = next(name for name, _ in inner.named_modules() if name.endswith(".3"))
-        for wrap in (lambda net, layer: CBL(net, [layer], example=V), lambda net, layer: LRM(net, [(layer, layer.replace("3", "1"))], example=V)):
+        for wrap in (
+            lambda net, layer: CBL(net, [layer], example=V),
+            lambda net, layer: LRM(net, [(layer, layer.replace("3", "1"))], example=V),
+        ):
             with pytest.raises(ValueError, match=f"{type(inner).__name__} is wrapped"):
                 wrap(inner, name)
     inner = CBL(mlp(), ["1", "3"], example=V)
-    outer = CBL(nn.Sequential(inner, nn.Linear(3, 3)), ["0"], example=V).eval()  # its answer as a state
+    outer = CBL(
+        nn.Sequential(inner, nn.Linear(3, 3)), ["0"], example=V
+    ).eval()  # its answer as a state
     assert torch.equal(outer(V, steps=0), outer.net[1](inner(V)))
 
 
@@ -457,7 +517,9 @@ def test_unrolled_view_gives_plain_hooks_every_pass():
         view, seen = unrolled_view(model), {}
         modules = dict(view.named_modules())
         for name in [f"{layer}@{t}" for layer in layers for t in range(3)]:
-            modules[name].register_forward_hook(lambda m, args, output, name=name: seen.update({name: output}))
+            modules[name].register_forward_hook(
+                lambda m, args, output, name=name: seen.update({name: output})
+            )
         assert torch.equal(view(x), model(x))
         assert f"{layers[-1]}@2" in seen and not any(m._forward_hooks for m in model.modules())
         for twin in (copy.deepcopy(view), pickle.loads(pickle.dumps(unrolled_view(model)))):
@@ -476,5 +538,7 @@ def test_unrolled_view_serves_captum():
         assert_close(captum.LayerActivation(view, layer).attribute(x), states[t]["stage2"])
         cam = captum.LayerGradCam(view, layer).attribute(x, target=1)
         assert cam.shape == (3, 1, 3, 3) and cam.abs().sum() > 0
-        by_hand = torch.autograd.grad(view(x)[:, 1].sum(), dict(view.named_parameters()).values(), allow_unused=True)
+        by_hand = torch.autograd.grad(
+            view(x)[:, 1].sum(), dict(view.named_parameters()).values(), allow_unused=True
+        )
         assert any(g is not None for g in by_hand)
