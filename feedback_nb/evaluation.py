@@ -1024,13 +1024,13 @@ def margins(
 
 
 def biased_answer(
-    margin,  # (…, n, shown + k) array of `margins`: first of classes that are shown, then of absent ones
+    margin,  # (…, n, shown + k) array of `margins`: of classes that are shown, then of absent ones
     false_alarms,  # (…) rate of false alarms in [0, 1]
     *,
     shown: int = 2,  # how many of the classes asked for are shown
     largest: bool = True,  # of all biases with that rate of false alarms; False: the smallest
 ):  # (…) rate of hits
-    """Hits of a network that looks at nothing: a bias on the target gives it as many false alarms."""
+    """Hits of a network that looks at nothing: a bias on the target gives as many false alarms."""
     import numpy as np
 
     margin, rate = np.asarray(margin), np.asarray(false_alarms)
@@ -1071,7 +1071,7 @@ def bootstrap_interval(
     resamples: int = 999,
     seed: int = 0,
 ) -> tuple[float, float]:  # (low, high)
-    """Percentile bootstrap of any statistic of n examples; all resamples are handed over at once."""
+    """Percentile bootstrap of any statistic of n examples; it gets all resamples at once."""
     import numpy as np
     from scipy.stats import bootstrap
 

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['Steer', 'one_hot', 'contrast', 'instance', 'Prototypes', 'prototype', 'overlay', 'side_by_side', 'triplets',
-           'a_prime', 'Search', 'search', 'composite_scores', 'composite_test']
+           'a_prime', 'Search', 'search', 'composite_scores', 'composite_test', 'TextPrior', 'text_embeddings',
+           'Denoiser', 'cosine_schedule', 'fit_ridge', 'fit_diffusion', 'sample_diffusion']
 
 # %% ../nbs/35_steering.ipynb #b4b8aff3
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations, islice
-from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -23,11 +23,15 @@ from .text import Denoiser, TextPrior, cosine_schedule, fit_diffusion, fit_ridge
 from .text import sample_diffusion, text_embeddings
 from .training import batches, kept_modes, kept_random_state
 
+# %% ../nbs/35_steering.ipynb #7e97a110
+_all_ = ["TextPrior", "text_embeddings", "Denoiser", "cosine_schedule", "fit_ridge"]
+_all_ += ["fit_diffusion", "sample_diffusion"]
+
 # %% ../nbs/35_steering.ipynb #0de3b047
 def _gains(gain) -> tuple:
     """(negative, positive), checked."""
     pair = tuple(gain) if isinstance(gain, (tuple, list)) else (gain, gain)
-    numbers = all(isinstance(g, Real) or torch.is_tensor(g) and g.dim() == 0 for g in pair)
+    numbers = all(isinstance(g, (int, float)) or torch.is_tensor(g) and g.dim() == 0 for g in pair)
     if len(pair) != 2 or not numbers or not all(0 <= g < math.inf for g in pair):
         raise ValueError(f"gain must be a finite number ≥ 0 or a pair of them, got {gain!r}")
     return pair
@@ -72,16 +76,14 @@ class Steer:
         """What stands in the source's place in the next pass."""
         if not torch.is_tensor(self.blend) and self.blend == 0:
             return {}
-        own = stored.get(self.source)
-        if own is None:
-            return {self.source: self.vector}
-        return {self.source: _mixed(own, self.vector, self.blend, self.source)}
+        own, vector = stored.get(self.source), self.vector
+        replaced = vector if own is None else _mixed(own, vector, self.blend, self.source)
+        return {self.source: replaced}
 
     def __repr__(self):
         blend = tuple(self.blend.shape) if torch.is_tensor(self.blend) else self.blend
-        how = f"{blend=}, from_first_pass={self.from_first_pass}"
-        what = f"vector of shape {tuple(self.vector.shape)}, gain={self.gains[self.source]}"
-        return f"Steer({self.source!r}, {what}, {how})"
+        how = f"gain={self.gains[self.source]}, {blend=}, from_first_pass={self.from_first_pass}"
+        return f"Steer({self.source!r}, vector of shape {tuple(self.vector.shape)}, {how})"
 
 # %% ../nbs/35_steering.ipynb #b972d26a
 def _mixed(own: torch.Tensor, vector: torch.Tensor, blend, source: str) -> torch.Tensor:
@@ -140,10 +142,9 @@ def contrast(
 
 # %% ../nbs/35_steering.ipynb #c8f51ab7
 def _source(model: LRM, source: str | None) -> str:
-    names = list(model.sources)
-    source = names[-1] if source is None else source
-    need_known(source, names, "source of this model")
-    return source
+    name = source or next(reversed(model.sources))
+    need_known(name, model.sources, "source of this model")
+    return name
 
 
 @torch.no_grad()
@@ -180,12 +181,11 @@ def prototype(
 ) -> Prototypes:
     """What a source says of each category on average."""
     device, sums = next(model.parameters()).device, {}
-    known = len(getattr(data, "classes", ())) if n_classes is None else n_classes
     with kept_random_state(device):  # reading data seeds the generators
         for _, _, (x, y) in batches(data, batch_size):
             a = instance(model, x.to(device), source, steps=steps)
             class_moments(sums, a, y)
-    classes = range(max(known, 1 + max(sums)))
+    classes = range(max(n_classes or len(getattr(data, "classes", ())), 1 + max(sums)))
     need_number(high=math.inf if n_classes is None else n_classes - 1, label=classes[-1])
     if missing := [c for c in classes if c not in sums]:
         raise ValueError(f"class {missing[0]} has no example to average; give one, or n_classes")
@@ -279,8 +279,7 @@ class Search(NamedTuple):
     def rates(self) -> dict:
         """Hit rate, false alarm rate and A′ of every pass, each a list of T+1 numbers."""
         h, f = self.hits.double().mean((0, 1)), self.false_alarms.double().mean(0)
-        a = a_prime(h, f)
-        return {"hits": h.tolist(), "false_alarms": f.tolist(), "a_prime": a.tolist()}
+        return {"hits": h.tolist(), "false_alarms": f.tolist(), "a_prime": a_prime(h, f).tolist()}
 
 
 def _looks(model: LRM, x, steers: list, steps: int | None):
