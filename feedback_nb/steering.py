@@ -322,8 +322,7 @@ def search(
         for rows in three.split(batch_size):
             shown = compose(x[rows[:, 0]], x[rows[:, 1]]).to(next(model.parameters()).device)
             asked = rows.T if by == "picture" else y[rows.T]  # first, second, absent
-            steers = [Steer(name, vectors[target], **how) for target in asked]
-            looks = _looks(model, shown, steers, steps)
+            looks = _looks(model, shown, [Steer(name, vectors[t], **how) for t in asked], steps)
             answers = [torch.stack([out.argmax(1) for out in look], 1).cpu() for look in looks]
             said.append(torch.stack(answers) == y[rows.T].cpu()[..., None])
     right = torch.cat(said, 1)
