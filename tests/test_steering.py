@@ -658,10 +658,13 @@ def test_a_biased_answer_is_what_adding_a_constant_to_a_logit_gives(n, k, seed, 
     logits = torch.randn(n, 6, generator=g, dtype=torch.float64)
     targets = torch.rand(n, 6, generator=g).argsort(1)[:, : 2 + k]
     margin = margins(logits, targets)
-    said = lambda b: torch.stack([(logits + b * F.one_hot(t, 6).double()).argmax(1) == t for t in targets.T], 1)
+
+    def said(b):
+        ask = lambda t: (logits + b * F.one_hot(t, 6).double()).argmax(1) == t
+        return torch.stack([ask(t) for t in targets.T], 1)
+
     for alarms in range(n * k + 1):  # all biases between two neighbours give as many false alarms
-        ends = F.pad(F.pad(margin[:, 2:].flatten().sort().values, (1, 0), value=-50.0), (0, 1), value=50.0)
-        low, high = ends[alarms], ends[alarms + 1]
+        low, high = [-50, *margin[:, 2:].flatten().sort().values, 50][alarms : alarms + 2]
         inside = said(float(high) - 1e-11 if largest else float(low) + 1e-11)
         assert int(inside[:, 2:].sum()) == alarms
         hits = biased_answer(margin, alarms / (n * k), largest=largest)
@@ -672,25 +675,29 @@ def test_biased_answers_of_many_resamples_at_once():
     margin, rate = np.random.default_rng(0).normal(size=(4, 7, 20, 3)), np.full((4, 7), 0.3)
     together = biased_answer(margin, rate)
     assert together.shape == (4, 7)
-    assert together[2, 5] == biased_answer(margin[2, 5], 0.3) == biased_answer(torch.tensor(margin[2, 5]), 0.3)
-    for bad in ({"false_alarms": 1.1}, {"false_alarms": float("nan")}, {"false_alarms": 0, "shown": 3}):
+    one = margin[2, 5]
+    assert together[2, 5] == biased_answer(one, 0.3) == biased_answer(torch.tensor(one), 0.3)
+    for rate, shown in ((1.1, 2), (float("nan"), 2), (0, 3), (0, 0)):
         with pytest.raises(ValueError, match="rate|shown"):
-            biased_answer(margin[0, 0], **bad)
+            biased_answer(one, rate, shown=shown)
 
 
 def test_digits_keep_what_each_triplet_answered():
     hits, alarms = torch.rand(50, 2) < 0.5, torch.rand(50, 2) < 0.5
-    h, f = from_digits(to_digits(hits, alarms), looks=2)
-    assert h.tolist() == hits.float().mean(1).tolist() and f.tolist() == alarms.float().mean(1).tolist()
+    found = from_digits(to_digits(hits, alarms), looks=2)
+    for shares, answers in zip(found, (hits, alarms)):
+        assert shares.tolist() == answers.float().mean(1).tolist()
 
 
 @pytest.mark.parametrize("kind", ["tensors", "dataset", "loader"])
 def test_a_composite_test_is_its_searches_beside_the_plain_pass_with_a_bias(kind):
     model = small(steps=1).train()
-    x, y = 3 * torch.randn(15, 3, 12, 12, generator=torch.Generator().manual_seed(3)), torch.arange(15) % 5
-    data = {"tensors": (x, y), "dataset": TensorDataset(x, y), "loader": DataLoader(TensorDataset(x, y), 4)}[kind]
     g = torch.Generator().manual_seed(4)
-    vectors = {"classes": 6 * torch.randn(5, 5, generator=g), "pictures": (6 * torch.randn(15, 5, generator=g), "picture")}
+    x, y = 3 * torch.randn(15, 3, 12, 12, generator=g), torch.arange(15) % 5
+    pairs = TensorDataset(x, y)
+    data = {"tensors": (x, y), "dataset": pairs, "loader": DataLoader(pairs, 4)}[kind]
+    by_class, by_picture = (6 * torch.randn(n, 5, generator=g) for n in (5, 15))
+    vectors = {"classes": by_class, "pictures": (by_picture, "picture")}
     state = torch.get_rng_state()
     table = composite_test(model, data, vectors, gains=(1, 3), per_pair=2, seed=5, batch_size=6)
     assert model.training and torch.equal(torch.get_rng_state(), state)
@@ -704,12 +711,14 @@ def test_a_composite_test_is_its_searches_beside_the_plain_pass_with_a_bias(kind
         hits, alarms = (float(said.double().mean()) for said in found.last())
         assert row["hits"] == pytest.approx(hits) and row["false_alarms"] == pytest.approx(alarms)
         assert row["above_biased"] == pytest.approx(hits - biased_answer(margin, alarms))
-        assert row["low"] <= row["above_biased"] <= row["high"] and row["a_prime"] == pytest.approx(a_prime(hits, alarms))
+        assert row["low"] <= row["above_biased"] <= row["high"]
+        assert row["a_prime"] == pytest.approx(a_prime(hits, alarms))
 
 
 def test_scores_over_several_networks_are_means_over_them():
     g = np.random.default_rng(0)
-    h, f, m = g.integers(0, 3, (3, 40)) / 2, g.integers(0, 2, (3, 40)), g.normal(size=(3, 40, 3))
+    h, f = g.integers(0, 3, (3, 40)) / 2, g.integers(0, 2, (3, 40))
+    m = g.normal(size=(3, 40, 3))
     together, each = composite_scores(h, f, m), [composite_scores(*parts) for parts in zip(h, f, m)]
     for name in ("hits", "false_alarms", "a_prime", "above_biased"):
         assert together[name] == pytest.approx(np.mean([row[name] for row in each]))
