@@ -305,15 +305,15 @@ class _Anderson(_Picard):
 
 _SOLVERS["anderson"] = _Anderson
 
-# %% ../nbs/00_fixed_points.ipynb #176241f5
+# %% ../nbs/00_fixed_points.ipynb #c9ee0762
 def _jacobian(f: Callable, h: Any, batched: bool | None) -> tuple[_Layout, Callable, Callable]:
     """The layout of `h`; `J v` and `Jᵀ u` for stacks (S, B, n) of rows, J the Jacobian at `h`."""
     layout = _Layout(h, batched)
     out, pull = torch.func.vjp(f, h)
     to = _Layout(out, layout.batched)
-    push = lambda v: to.pack(torch.func.jvp(f, (h,), (layout.unpack(v),))[1])
-    back = lambda u: layout.pack(pull(to.unpack(u))[0])
-    return layout, torch.func.vmap(push), torch.func.vmap(back)
+    back = lambda u: layout.pack(pull(to.unpack(u))[0])  # linear in u: its own transpose is J
+    push = torch.func.vjp(back, torch.zeros_like(to.pack(out)))[1]
+    return layout, torch.func.vmap(lambda v: push(v)[0]), torch.func.vmap(back)
 
 
 def _unit(w: Tensor, floor: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
@@ -340,7 +340,9 @@ def lipschitz(
     (else it warns `NotConverged`) the value is at most 1 % (or `tol`) larger, with a probability of
     0.999 over the random starts. What certifies is in chapter 09
     (`lipschitz_upper`). Examples must not influence each other in `f`; where they do, say
-    `batched=False`. Raises FloatingPointError where the Jacobian is not finite.
+    `batched=False`. `f` is called once and differentiated twice, which PyTorch's fast attention is
+    not made for: `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`. FloatingPointError where the
+    Jacobian is not finite.
     """
     _check("iters and starts", (iters, starts), min(iters, starts) >= 1, "1 or more")
     layout, push, pull = _jacobian(f, h, batched)

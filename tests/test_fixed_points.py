@@ -555,6 +555,21 @@ def test_lipschitz_misses_one_percent_as_seldom_as_its_theorem_says():
         assert (found >= 0.99).all() and (found <= 1 + 1e-12).all()
 
 
+def test_lipschitz_measures_one_map_even_where_each_call_is_another():
+    W, calls = matrix(30, 2.0), []
+    f = lambda h: h @ W * (1 + 0.1 * len(calls)) + calls.append(1) if calls else (calls.append(1), h @ W)[1]
+    assert_close(lipschitz(f, torch.zeros(30, dtype=F64)), torch.tensor(2.0, dtype=F64), rtol=1e-5, atol=0)
+    assert len(calls) == 1
+
+
+def test_lipschitz_of_attention():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True).eval()
+    h = normal(2, 3, 8, dtype=torch.float32)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        exact = [torch.linalg.matrix_norm(torch.func.jacrev(layer)(x[None]).reshape(24, 24), 2).detach() for x in h]
+        assert_close(lipschitz(layer, h), torch.stack(exact), rtol=1e-4, atol=0)
+
+
 def test_lipschitz_never_exceeds_the_true_value_after_a_breakdown():
     for rank in (1, 2, 5):  # Lanczos' method ends after as many steps, and goes on with rounding errors
         A = normal(40, rank, seed=rank) @ normal(rank, 30, seed=rank + 9)
