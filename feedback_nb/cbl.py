@@ -172,14 +172,21 @@ def through_step(
         return with_state(output, h[key])
 
     def refine(site):
-        return lambda o: blended(site.key, o, model.refined(site, state_of(o), z))
+        def function(output):
+            return blended(site.key, output, model.refined(site, state_of(output), z))
+
+        return function
 
     def around(site):  # a token adapter changes what the layer is given
-        return lambda compute: blended(site.key, *model.adapters[site.layer](compute, z))
+        adapter = model.adapters[site.layer]
+        return lambda compute: blended(site.key, *adapter(compute, z))
 
-    sites, token = model.sites.values(), lambda s: isinstance(model.adapters[s.layer], TokenAdapter)
-    functions = {site.key: refine(site) for site in sites if not token(site)}
-    tokens = {site.key: around(site) for site in sites if token(site)}
+    functions, tokens = {}, {}
+    for site in model.sites.values():
+        if isinstance(model.adapters[site.layer], TokenAdapter):
+            tokens[site.key] = around(site)
+        else:
+            functions[site.key] = refine(site)
     return State(h, model.run(x, state.memo, functions, around=tokens), state.memo, moved)
 
 # %% ../nbs/10_cbl.ipynb #d14c772f

@@ -102,8 +102,9 @@ class _Norm(nn.Module):
         if self.weight.dim() == 1:
             a = F.layer_norm(a.movedim(1, 3), self.weight.shape, self.weight, self.bias)
             return a.movedim(3, 1)
-        fit = lambda p: resize(p[None], a.shape[2:], align_corners=True)[0].expand(a.shape[1:])
-        return F.layer_norm(a, a.shape[1:], fit(self.weight), fit(self.bias))
+        size, shape = a.shape[2:], a.shape[1:]
+        maps = [resize(p[None], size, align_corners=True)[0] for p in (self.weight, self.bias)]
+        return F.layer_norm(a, shape, *(p.expand(shape) for p in maps))
 
 
 class PublishedDrive(_Drive):
@@ -210,7 +211,7 @@ class LRM(FeedbackModel):
         pairs = _pairs(given)
         names, heard = list(dict.fromkeys(sum(pairs, ()))), [pair.source for pair in pairs]
         modulated = {pair.destination for pair in pairs}
-        edited = lambda sites: [site for site in sites if site.layer in modulated]
+        edited = lambda sites: [s for s in sites if s.layer in modulated]
         self.backbone, self.motif, self.mode = backbone, motif, mode
         self.replay = Replay(
             backbone, names, example, edited=edited, kept=heard, channel_dims=channel_dims
@@ -220,11 +221,11 @@ class LRM(FeedbackModel):
         check_reach(self.replay, example, heard)
         order = [site.layer for site in self.replay.sites.values()]  # one entry for each call
         last = {name: i for i, name in enumerate(order)}
-        rank = lambda pair: (last[pair.destination], last[pair.source], pair)
+        rank = lambda p: (last[p.destination], last[p.source], p)
         self.connections = sorted(pairs, key=rank)
         self.sources = {name: sites[name] for name in sorted({*heard}, key=last.get)}
-        before = lambda pair: last[pair.source] < order.index(pair.destination)
-        self.at_once = {pair for pair in pairs if motif == "published" and before(pair)}
+        early = {pair for pair in pairs if last[pair.source] < order.index(pair.destination)}
+        self.at_once = early if motif == "published" else set()  # heard in the pass they fire in
         told = {
             d: {c.source: sites[c.source] for c in self.connections if c.destination == d}
             for d in dict.fromkeys(pair.destination for pair in self.connections)
