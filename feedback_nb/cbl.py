@@ -261,7 +261,7 @@ class CBL(FeedbackModel):
             raise ValueError(f"CBL needs logits (B, C, …), {type(net).__name__} returns no such")
         check_reach(self.replay, example)
         self.alpha_raw = nn.Parameter(torch.tensor(_check_alpha(alpha)), requires_grad=learn_alpha)
-        self.context = context or Context(self.replay.shape[1], context_dim)
+        self.context = Context(self.replay.shape[1], context_dim) if context is None else context
         self.adapters = Named(
             {
                 site.layer: _make_adapter(adapter, site, context_dim, flow)

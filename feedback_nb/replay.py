@@ -197,7 +197,7 @@ def plan_sites(
             raise ValueError(f"layer {name!r} runs with {both} channels; it needs one number")
     return sites, calls, output
 
-# %% ../nbs/90_replay.ipynb #14fa18d1
+# %% ../nbs/90_replay.ipynb #21f1ee25
 class Replay:
     """A network whose named layers are watched, changed and left out, pass by pass."""
 
@@ -211,6 +211,7 @@ class Replay:
         kept: list[str] | None = None,  # layers whose outputs the caller keeps; None: all
         channel_dims: dict[str, int] | None = None,  # {layer: where its channels are}
     ):
+        names = list(names)
         for prefix, module in net.named_modules():
             inside = [name for name in names if not prefix or name.startswith(prefix + ".")]
             if isinstance(getattr(module, "replay", None), Replay) and inside:
