@@ -12,7 +12,8 @@ import torch
 from _shared import looped, plain, record, show
 from torch.utils.benchmark import Timer
 
-from feedback_nb.cbl import cbl_cnn, cbl_resnet18, cbl_vit_b16
+from feedback_nb.cbl import CBL
+from feedback_nb.networks import cnn, resnet18, torchvision_net
 
 BOUNDS = {("CNN", "through"): 1.25, ("CNN", "literal"): 1.35, ("ResNet-18", "through"): 1.10, ("ViT-B/16", "through"): 1.10}
 
@@ -27,12 +28,13 @@ def median(fn, *args, seconds, clock):
 
 
 def networks(args):
-    """network -> (constructor, batch, image size, classes, [(flow, adapter)])"""
+    """name -> (makes the network, batch, image size, classes, [(flow, adapter)])"""
+    vit_b = lambda: torchvision_net("vit_b_16")
     both = [(flow, adapter) for flow in ("through", "literal") for adapter in ("gate", "concat")]
     return {
-        "CNN": (lambda **o: cbl_cnn(width=args.width, **o), args.batch, 32, 10, both),
-        "ResNet-18": (cbl_resnet18, args.large_batch, 224, 1000, [("through", "gate"), ("through", "concat")]),
-        "ViT-B/16": (cbl_vit_b16, args.large_batch, 224, 1000, [("through", "gate"), ("through", "token")]),
+        "CNN": (lambda: cnn(width=args.width), args.batch, 32, 10, both),
+        "ResNet-18": (resnet18, args.large_batch, 224, 1000, [("through", "gate"), ("through", "concat")]),
+        "ViT-B/16": (vit_b, args.large_batch, 224, 1000, [("through", "gate"), ("through", "token")]),
     }
 
 
@@ -43,7 +45,8 @@ def measure(name, build, batch, size, classes, kinds, args):
     rows = {kind: [] for kind in kinds}
     floors = []
     for flow, adapter in kinds:
-        model = build(flow=flow, adapter=adapter, steps=args.steps).to(args.device)
+        options = {"flow": flow, "adapter": adapter, "steps": args.steps}
+        model = CBL(build(), example=x[:1].cpu(), **options).to(args.device)
         plain(model.net, x, y), looped(model, x, y)
         for _ in range(args.rounds):
             floors.append(median(plain, model.net, x, y, seconds=args.seconds, clock=args.clock))

@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['Paired', 'paired', 'holm', 'significance', 'Comparison', 'compare', 'recorded', 'cost', 'noise_curve',
            'corruption_curve', 'fgsm_curve', 'pgd_curve', 'area', 'masking_check', 'margins', 'biased_answer',
-           'bootstrap_interval', 'class_moments', 'predictions', 'reliability', 'calibration']
+           'to_digits', 'from_digits', 'bootstrap_interval', 'class_moments', 'predictions', 'reliability',
+           'calibration']
 
 # %% ../nbs/04_evaluation.ipynb #0bed89f3
 class Paired(NamedTuple):
@@ -1113,15 +1114,33 @@ def biased_answer(
     import numpy as np
 
     margin, rate = np.asarray(margin), np.asarray(false_alarms)
-    if not (0 < shown < margin.shape[-1] and ((rate >= 0) & (rate <= 1)).all()):
-        needs = f"margins (…, n, k > {shown}) and rates in [0, 1]"
-        raise ValueError(f"biased_answer needs {needs}, got {margin.shape} and {false_alarms}")
+    need_number(1, margin.shape[-1] - 1, whole=True, shown=shown)
+    need_number(0, 1, lowest_rate=rate.min(), highest_rate=rate.max())
     inf = np.full((*margin.shape[:-2], 1), np.inf)
     absent = np.sort(margin[..., shown:].reshape(*inf.shape[:-1], -1), -1)
     ends = np.concatenate([-inf, absent, inf], -1)  # a bias between two ends: so many false alarms
     at = np.rint(np.broadcast_to(rate, inf.shape[:-1]) * absent.shape[-1]).astype(int) + largest
     bias, asked = np.take_along_axis(ends, at[..., None], -1)[..., None], margin[..., :shown]
     return (asked < bias if largest else asked <= bias).mean((-2, -1))
+
+# %% ../nbs/04_evaluation.ipynb #b1a5ed0c
+def to_digits(
+    hits: torch.Tensor,  # (n, 2) bool, looks at the two shown classes
+    false_alarms: torch.Tensor,  # (n, k) bool, looks at absent ones
+) -> str:  # n digits, for a record
+    """A digit for each triplet: the number of hits, and 3 for every false alarm."""
+    return "".join(str(int(v)) for v in hits.sum(1) + 3 * false_alarms.sum(1))
+
+
+def from_digits(
+    text: str,  # from `to_digits`
+    looks: int = 1,  # k: how often absent classes were looked for
+) -> tuple:  # arrays (n,): shares of hits and of false alarms
+    """What `to_digits` has kept of each triplet."""
+    import numpy as np
+
+    digits = np.array([int(c) for c in text])
+    return digits % 3 / 2, digits // 3 / looks
 
 # %% ../nbs/04_evaluation.ipynb #b1a5ed09
 def bootstrap_interval(
@@ -1144,11 +1163,15 @@ def bootstrap_interval(
 # %% ../nbs/04_evaluation.ipynb #b1a5ed06
 def class_moments(
     sums: dict,  # {class: (n, mean, sum of squared deviations)} so far; {} before the first batch
-    a: torch.Tensor,  # (B, …) one more batch, float64 where digits matter
-    y: torch.Tensor,  # (B,) class numbers, on the device of `a`
-) -> dict:  # `sums`, changed in place
+    a: torch.Tensor,  # (B, …) one more batch
+    y: torch.Tensor,  # (B,) class numbers
+) -> dict:  # `sums`, changed in place, in float64
     """One more batch for means and variances by class; the variance is the sum over n - 1."""
+    a = (a.cpu() if a.device.type == "mps" else a).double()  # Metal has no float64
+    need_equal(y.dim(), 1, "dimensions of the labels")
+    y = y.to(a.device)
     for c in y.unique().tolist():
+        need_number(0, whole=True, label=c)
         part = a[y == c]
         n, mean = len(part), part.mean(0)
         squares = (part - mean).square().sum(0)

@@ -14,15 +14,23 @@ import torch.nn.functional as F
 from torch import nn
 
 # %% ../nbs/50_fftnet.ipynb #17713115
+def _require(holds, message, *values):
+    """The one place where bad input is refused."""
+    if not holds:
+        raise ValueError(message.format(*values))
+
+
 def _check(mixer, x, padding):
     """The one door: what a mixer is called with."""
-    if x.dim() != 3 or x.shape[2] != mixer.dim or not x.shape[1]:
-        raise ValueError(f"tokens are (batch, 1 or more, {mixer.dim}), got {tuple(x.shape)}")
-    if mixer.n_tokens not in (None, x.shape[1]):
-        raise ValueError(f"{x.shape[1]} tokens, but a filter for {mixer.n_tokens}; use anchors=32")
-    if padding is not None and (padding.dtype != torch.bool or padding.shape != x.shape[:2]):
-        got = f"{padding.dtype} {tuple(padding.shape)}"
-        raise ValueError(f"padding is bool {tuple(x.shape[:2])}, True: no token; got {got}")
+    found, wanted = tuple(x.shape), mixer.n_tokens
+    fits = len(found) == 3 and found[2] == mixer.dim and found[1] > 0
+    _require(fits, "tokens are (batch, 1 or more, {}), got {}", mixer.dim, found)
+    fits = wanted in (None, found[1])
+    _require(fits, "{} tokens, but a filter for {}; use anchors=32", found[1], wanted)
+    if padding is not None:
+        mask, fits = tuple(padding.shape), padding.dtype == torch.bool
+        message = "padding is bool {}, True: no token; got {} {}"
+        _require(fits and mask == found[:2], message, found[:2], padding.dtype, mask)
 
 
 def _blank(u, padding):
@@ -40,17 +48,17 @@ class TokenMixer(nn.Module):
 
     def __init__(self, dim, n_tokens=None, heads=1, *, norm=True, dropout=0.0, causal=False):
         super().__init__()
-        if min(dim, heads, 1 if n_tokens is None else n_tokens) < 1 or dim % heads:
-            got = f"dim={dim}, n_tokens={n_tokens}, heads={heads}"
-            raise ValueError(f"{got}: each at least 1, and dim a multiple of heads")
+        fits = min(dim, heads, 1 if n_tokens is None else n_tokens) > 0 and dim % heads == 0
+        message = "dim={}, n_tokens={}, heads={}: each at least 1, and dim a multiple of heads"
+        _require(fits, message, dim, n_tokens, heads)
         self.dim, self.n_tokens, self.heads, self.causal = dim, None, heads, causal  # any length
         self.pre_norm = nn.LayerNorm(dim) if norm else nn.Identity()
         self.dropout = nn.Dropout(dropout)
         self.allow(causal)
 
     def allow(self, causal):
-        if causal:
-            raise ValueError("causal: a frequency holds all tokens, later ones too; use attention")
+        message = "causal: a frequency holds all tokens, later ones too; use attention"
+        _require(not causal, message)
 
     def forward(
         self,
@@ -127,37 +135,8 @@ def _interpolate(values, n):
     return torch.lerp(values[..., low], values[..., low + 1], share)
 
 # %% ../nbs/50_fftnet.ipynb #a553d72c
-class SpectralMixer(TokenMixer):
-    """The released FFTNet layer, x + irfft(φ(w(1 + s)·rfft(LayerNorm x) + b + t)), and repairs.
-
-    A state dict for N = 2m also loads for N = 2m + 1: both have m + 1 frequencies.
-    """
-
-    def __init__(
-        self,
-        dim: int,  # D, width of a token
-        n_tokens: "int | None",  # N, the only length it takes; with anchors it takes any
-        heads: int = 4,  # H, groups of channels that share a filter
-        *,
-        anchors: "int | None" = None,  # filter values from frequency 0 to 1/2; None: one per bin
-        bias: str = "real",  # b + t on the "real" part (released) or the "magnitude" (no impulse)
-        activation=F.gelu,  # φ, of the magnitude; None: a linear filter, bias="real" only
-        adaptive: bool = True,  # s and t, from the mean token; False: none
-        **options,  # norm=True (LayerNorm first), dropout=0.0, causal=False (True is refused)
-    ):
-        super().__init__(dim, n_tokens, heads, **options)
-        if bias not in ("real", "magnitude") or (n_tokens or 0 if anchors is None else anchors) < 1:
-            got = f"bias={bias!r}, n_tokens={n_tokens}, anchors={anchors}"
-            raise ValueError(f"{got}: 'real' or 'magnitude', and tokens or anchors to filter")
-        if activation is None and bias == "magnitude":
-            raise ValueError("bias='magnitude' acts in the activation, got None; use bias='real'")
-        self.n_tokens = n_tokens if anchors is None else None
-        self.bias, self.activation = bias, activation
-        size = n_tokens // 2 + 1 if anchors is None else anchors
-        self.base_filter = nn.Parameter(torch.ones(heads, size, 1))
-        self.base_bias = nn.Parameter(torch.full((heads, size, 1), -0.1))
-        layers = nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, 2 * heads * size)
-        self.adaptive_mlp = nn.Sequential(*layers) if adaptive else None
+class _Filtered(TokenMixer):
+    """To frequencies, through filter and activation, and back; a subclass says which filter."""
 
     def mix(self, u, padding, causal):
         n, wide = u.shape[1], u.to(torch.promote_types(u.dtype, torch.float32))  # no FFT in bf16
@@ -165,14 +144,6 @@ class SpectralMixer(TokenMixer):
         w, b = (self.spread(v.to(wide.dtype), n)[:, :, None, None] for v in values)
         z = self.analyse(wide.transpose(1, 2).contiguous()).unflatten(1, (self.heads, -1))
         return self.synthesise(self.gate(z, w, b).flatten(1, 2), n).transpose(1, 2).to(u.dtype)
-
-    def filter(self, mean):
-        w, b = self.base_filter[None, ..., 0], self.base_bias[None, ..., 0]
-        if self.adaptive_mlp is None:
-            return w, b
-        made = self.adaptive_mlp(mean.to(self.adaptive_mlp[0].weight.dtype))
-        s, t = made.view(-1, *w.shape[1:], 2).unbind(-1)
-        return w * (1 + s), b + t
 
     def gate(self, z, w, b):  # (B, H, D/H, windows, F)
         on_real = self.bias == "real"
@@ -195,6 +166,48 @@ class SpectralMixer(TokenMixer):
 
     def synthesise(self, z, n):  # and back
         return torch.fft.irfft(z.squeeze(2), n=n, norm="ortho")
+
+# %% ../nbs/50_fftnet.ipynb #467bd21f
+class SpectralMixer(_Filtered):
+    """The released FFTNet layer, x + irfft(φ(w(1 + s)·rfft(LayerNorm x) + b + t)), and repairs.
+
+    A state dict for N = 2m also loads for N = 2m + 1: both have m + 1 frequencies.
+    """
+
+    def __init__(
+        self,
+        dim: int,  # D, width of a token
+        n_tokens: int | None,  # N, the only length it takes; with anchors it takes any
+        heads: int = 4,  # H, groups of channels that share a filter
+        *,
+        anchors: int | None = None,  # filter values from frequency 0 to 1/2; None: one per bin
+        bias: str = "real",  # b + t on the "real" part (released) or the "magnitude" (no impulse)
+        activation=F.gelu,  # φ, of the magnitude; None: a linear filter, bias="real" only
+        adaptive: bool = True,  # s and t, from the mean token; False: none
+        **options,  # norm=True (LayerNorm first), dropout=0.0, causal=False (True is refused)
+    ):
+        super().__init__(dim, n_tokens, heads, **options)
+        known = bias in ("real", "magnitude")
+        message = "bias={!r}, n_tokens={}, anchors={}: 'real' or 'magnitude', tokens or anchors"
+        fits = known and (n_tokens or 0 if anchors is None else anchors) > 0
+        _require(fits, message, bias, n_tokens, anchors)
+        message = "bias='magnitude' acts in the activation, got None; use bias='real'"
+        _require(activation is not None or bias == "real", message)
+        self.n_tokens = n_tokens if anchors is None else None
+        self.bias, self.activation = bias, activation
+        size = n_tokens // 2 + 1 if anchors is None else anchors
+        self.base_filter = nn.Parameter(torch.ones(heads, size, 1))
+        self.base_bias = nn.Parameter(torch.full((heads, size, 1), -0.1))
+        layers = nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, 2 * heads * size)
+        self.adaptive_mlp = nn.Sequential(*layers) if adaptive else None
+
+    def filter(self, mean):
+        w, b = self.base_filter[None, ..., 0], self.base_bias[None, ..., 0]
+        if self.adaptive_mlp is None:
+            return w, b
+        made = self.adaptive_mlp(mean.to(self.adaptive_mlp[0].weight.dtype))
+        s, t = made.view(-1, *w.shape[1:], 2).unbind(-1)
+        return w * (1 + s), b + t
 
 # %% ../nbs/50_fftnet.ipynb #0e1fd8a1
 class ModReLUMixer(SpectralMixer):
@@ -222,8 +235,8 @@ class WindowedMixer(SpectralMixer):
     """The filter in `window` tokens at a time that overlap by half (short-time FFT); any N."""
 
     def __init__(self, dim, n_tokens=None, heads=4, *, window=64, bias="magnitude", **options):
-        if window < 2 or window % 2:
-            raise ValueError(f"window={window}: an even number of tokens, 2 or more")
+        fits = window > 1 and window % 2 == 0
+        _require(fits, "window={}: an even number of tokens, 2 or more", window)
         super().__init__(dim, None, heads, anchors=window // 2 + 1, bias=bias, **options)
         self.window = window
 
@@ -268,8 +281,7 @@ class WaveletMixer(SpectralMixer):
     """The filter on Haar coefficients: one value for each of `levels` + 1 bands; any N."""
 
     def __init__(self, dim, n_tokens=None, heads=4, *, levels=6, bias="magnitude", **options):
-        if levels < 1:
-            raise ValueError(f"levels={levels}: at least 1")
+        _require(levels > 0, "levels={}: at least 1", levels)
         super().__init__(dim, None, heads, anchors=levels + 1, bias=bias, **options)
         self.levels = levels
 
@@ -350,8 +362,7 @@ class Encoder(nn.Module):
 
     def __init__(self, dim, n_tokens, n_classes, depth, heads, *, pool="mean", **options):
         super().__init__()
-        if pool not in ("mean", "cls"):
-            raise ValueError(f"pool is 'mean' or 'cls', got {pool!r}")
+        _require(pool in ("mean", "cls"), "pool is 'mean' or 'cls', got {!r}", pool)
         self.cls = nn.Parameter(torch.zeros(1, 1, dim)) if pool == "cls" else None
         n = n_tokens + (pool == "cls")
         self.position = nn.Parameter(0.02 * torch.randn(1, n, dim))
@@ -366,9 +377,9 @@ class Encoder(nn.Module):
         if self.cls is not None:
             h = torch.cat([self.cls.to(h.dtype).expand(len(h), -1, -1), h], 1)
             padding = None if padding is None else F.pad(padding, (1, 0))
-        if h.shape[1] > self.position.shape[1]:
-            raise ValueError(f"{h.shape[1]} tokens, but positions for {self.position.shape[1]}")
-        h = self.enter(_blank(h + self.position[:, : h.shape[1]], padding))
+        n, most = h.shape[1], self.position.shape[1]
+        _require(n <= most, "{} tokens, but positions for {}", n, most)
+        h = self.enter(_blank(h + self.position[:, :n], padding))
         for block in self.blocks:
             h = block(h) if padding is None else block(h, padding)
         h = _blank(self.norm(_blank(h, padding)), padding)
@@ -388,23 +399,22 @@ class FFTNetViT(Encoder):
         *,
         image_size: int = 224,  # pixels on a side
         in_channels: int = 3,
-        dim: "int | None" = None,  # D; None: that of the size, as for the next three
-        depth: "int | None" = None,  # blocks
-        heads: "int | None" = None,  # H
-        patch_size: "int | None" = None,  # pixels on a side
+        dim: int | None = None,  # D; None: that of the size, as for the next three
+        depth: int | None = None,  # blocks
+        heads: int | None = None,  # H
+        patch_size: int | None = None,  # pixels on a side
         **options,  # pool="mean" or "cls", and those of `FFTNetBlock` and its mixer
     ):
-        if size not in SIZES:
-            raise ValueError(f"size is one of {', '.join(SIZES)}, got {size!r}")
+        _require(size in SIZES, "size is one of {}, got {!r}", ", ".join(SIZES), size)
         own = zip((dim, depth, heads, patch_size), SIZES[size], strict=True)
         dim, depth, heads, patch = (usual if asked is None else asked for asked, usual in own)
-        if image_size % patch:
-            raise ValueError(f"image_size={image_size} is no multiple of patch_size={patch}")
+        message = "image_size={} is no multiple of patch_size={}"
+        _require(image_size % patch == 0, message, image_size, patch)
         super().__init__(dim, (image_size // patch) ** 2, n_classes, depth, heads, **options)
         self.patches = nn.Conv2d(in_channels, dim, patch, stride=patch)
         self.image = (in_channels, image_size, image_size)
 
     def forward(self, x):  # images (B, C, H, W) -> logits (B, n_classes)
-        if tuple(x.shape[1:]) != self.image:
-            raise ValueError(f"images are (B, C, H, W), (C, H, W) = {self.image}, got {x.shape}")
+        message = "images are (B, C, H, W), (C, H, W) = {}, got {}"
+        _require(tuple(x.shape[1:]) == self.image, message, self.image, tuple(x.shape))
         return self.read(self.patches(x).flatten(2).transpose(1, 2))

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
 
-from feedback_nb.cbl import cbl_cnn, cnn
+from feedback_nb.cbl import CBL, cnn
 from feedback_nb.fixed_points import iterate, lipschitz
 
 NOTEBOOK = Path(__file__).parent.parent / "nbs" / "13_cbl_theorem.ipynb"
@@ -91,7 +91,7 @@ def test_the_clipped_gate_is_jointly_lipschitz(lab, size, near, seed):
 
 
 def test_the_ordinary_gate_has_no_such_constant(lab):
-    gate = cbl_cnn(1, width=4).adapters["stage1"]
+    gate = CBL(cnn(1, width=4), example=images()).adapters["stage1"]
     z = torch.randn(2, 64)
     with torch.no_grad():
         moved = [float((gate(size * torch.ones(1, 4, 5, 5), z[:1]) - gate(size * torch.ones(1, 4, 5, 5), z[1:])).norm()) for size in (1, 1000)]
@@ -214,7 +214,8 @@ def test_power_iteration_keeps_up_with_a_kernel_that_moves(lab, seed):
 @pytest.mark.parametrize("flow", ["through", "literal"])
 def test_the_maps_are_those_of_the_model(lab, flow):
     torch.manual_seed(0)
-    model, x = disturbed(cbl_cnn(1, width=4, hidden=16, flow=flow), 0).eval(), images()
+    x = images()
+    model = disturbed(CBL(cnn(1, width=4, hidden=16), example=x, flow=flow), 0).eval()
     with torch.no_grad():
         path = model.trajectory(x, steps=3, states=True)
         phi, states = lab.refinement(model, x)

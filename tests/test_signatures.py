@@ -150,11 +150,11 @@ def test_a_plain_module_has_one_pass_and_keeps_its_mode(x):
 @pytest.mark.parametrize(
     "call, words",
     [
-        (lambda m, x: responses(m, x, "relu9"), "no layer 'relu9'.*closest.*'relu"),
-        (lambda m, x: responses(m, x, ["relu1", "relu1"]), "named twice"),
-        (lambda m, x: responses(m, x, "relu1", steps=-1), "steps must be a whole number"),
-        (lambda m, x: responses(m.backbone, x, "relu1", steps=2), "Sequential is no FeedbackModel"),
-        (lambda m, x: responses(CBL(small().backbone, ["relu2"], example=x), x, "relu2", steer=Steer("head", torch.ones(5))), "CBL cannot be steered"),
+        (lambda m, x: responses(m, x, "relu9"), "'relu9'.*'relu"),
+        (lambda m, x: responses(m, x, ["relu1", "relu1"]), "twice"),
+        (lambda m, x: responses(m, x, "relu1", steps=-1), "steps.*-1"),
+        (lambda m, x: responses(m.backbone, x, "relu1", steps=2), "Sequential.*LRM"),
+        (lambda m, x: responses(CBL(small().backbone, ["relu2"], example=x), x, "relu2", steer=Steer("head", torch.ones(5))), "CBL.*steer"),
     ],
 )
 def test_errors_of_responses_name_the_thing(x, call, words):
@@ -171,9 +171,9 @@ def test_a_layer_that_does_not_run_or_returns_no_tensor_is_an_error(x):
         def forward(self, x):
             return self.pair(x)[0]
 
-    with pytest.raises(ValueError, match="'idle' did not run"):
+    with pytest.raises(ValueError, match="'idle'"):
         responses(Odd(), torch.randn(2, 4, 3), "idle")
-    with pytest.raises(ValueError, match="'pair' returned tuple"):
+    with pytest.raises(ValueError, match="'pair'.*tuple"):
         responses(Odd(), torch.randn(2, 4, 3), "pair")
 
 
@@ -282,13 +282,13 @@ def test_loaders_names_and_random_state():
 @pytest.mark.parametrize(
     "values, y, options, words",
     [
-        (torch.randn(4, 2), [0, 0, 0, 0], {}, "at least two are needed"),
-        (torch.randn(4, 2), [0, 0, 0, 1], {}, "at least two images.*1 has 1"),
+        (torch.randn(4, 2), [0, 0, 0, 0], {}, r"two.*\[0\]"),
+        (torch.randn(4, 2), [0, 0, 0, 1], {}, "two.*1 has 1"),
         (torch.randn(4, 2), [0, 0, 1, 1], {"classes": ["a", "b", "c"]}, "'c' has 0"),
-        (torch.randn(4, 2), [0, 0, 1, 2], {"classes": ["a", "b"]}, "run from 0 to 2, but there are names for 0…1"),
-        (torch.randn(4, 2), [0.0, 0.0, 1.0, 1.0], {}, "one category number for each image"),
-        (torch.tensor([[1.0], [2], [3], [float("nan")]]), [0, 0, 1, 1], {}, "layer 'layer' holds values that are not finite"),
-        (torch.randn(4, 2), [0, 0, 1, 1], {"units": "pixel"}, "units must be 'place' or 'channel', got 'pixel'"),
+        (torch.randn(4, 2), [0, 0, 1, 2], {"classes": ["a", "b"]}, "category 2"),
+        (torch.randn(4, 2), [0.0, 0.0, 1.0, 1.0], {}, "label.*0.0"),
+        (torch.tensor([[1.0], [2], [3], [float("nan")]]), [0, 0, 1, 1], {}, "'layer'.*finite"),
+        (torch.randn(4, 2), [0, 0, 1, 1], {"units": "pixel"}, "'pixel'.*units"),
     ],
 )
 def test_errors_of_moments_name_the_thing(values, y, options, words):
@@ -298,10 +298,10 @@ def test_errors_of_moments_name_the_thing(values, y, options, words):
 
 def test_errors_of_localize_name_the_thing():
     m = moments(Values(), planted(), "layer", classes=["a", "b", "c", "d"])
-    with pytest.raises(ValueError, match="'face' is none of the categories; they are 'a', 'b', 'c', 'd'"):
+    with pytest.raises(ValueError, match="'face'.*a, b, c, d"):
         localize(m, "face")
     for q in (0, 1, -0.1, 2, float("nan")):
-        with pytest.raises(ValueError, match="q is a false discovery rate"):
+        with pytest.raises(ValueError, match="^q "):
             localize(m, "a", q=q)
 
 
@@ -325,9 +325,9 @@ def test_a_signature_is_the_mean_of_the_responses(x):
 
 
 def test_errors_of_signature_name_the_thing(x):
-    with pytest.raises(ValueError, match=re.escape("units of shape (8, 6, 6) (units='place'), the masks are (8,)")):
+    with pytest.raises(ValueError, match=r"'conv2'.*\(8, 6, 6\).*\(8,\)"):
         signature(small(), x, {"a": {"conv2": torch.ones(8, dtype=torch.bool)}}, {"nothing": None})
-    with pytest.raises(ValueError, match="group 'b' has masks for"):
+    with pytest.raises(ValueError, match=r"'conv2'.*\(\)"):
         signature(small(), x, {"a": {"conv2": torch.ones(8, 6, 6) > 0}, "b": {"head": torch.ones(5) > 0}}, {"nothing": None})
 
 
@@ -373,7 +373,7 @@ def test_names_of_layers_in_single_passes(x):
     expected = [held["relu2"][1], held["relu1"][2], outputs[2], held["relu2"][0], outputs[0]]
     for got, want in zip(found.values(), expected):
         assert_close(torch.as_tensor(got), want.detach())
-    for wrong, words in (("relu2@3", "from 0 to 2, got '3'"), ("relu2@x", "got 'x'"), ("relu7@0", "no layer 'relu7'")):
+    for wrong, words in (("relu2@3", "relu2@3.*at most 2"), ("relu2@x", "relu2@x.*'x'"), ("relu2@", "relu2@.*''"), ("relu7@0", "'relu7'")):
         with pytest.raises(ValueError, match=words):
             named_responses(model, x, [wrong], steps=2)
 

@@ -159,14 +159,14 @@ def test_gradients_reach_a_steering_vector(x):
 @pytest.mark.parametrize(
     "vector, options, words",
     [
-        (torch.tensor([0, 1, 0, 0, 0]), {}, "floating-point.*int64.*one_hot"),
-        ([0.0] * 5, {}, "floating-point.*list"),
-        (torch.zeros(1, 5, 2), {}, r"\(C,\), \(B, C\)"),
-        (torch.tensor([0.0, float("nan"), 0, 0, 0]), {}, "not finite"),
-        (torch.zeros(5), {"gain": -0.1}, "gain.*≥ 0"),
+        (torch.tensor([0, 1, 0, 0, 0]), {}, "vector.*int64"),
+        ([0.0] * 5, {}, "vector.*0.0"),
+        (torch.zeros(1, 5, 2), {}, "vector"),
+        (torch.tensor([0.0, float("nan"), 0, 0, 0]), {}, "vector"),
+        (torch.zeros(5), {"gain": -0.1}, "gain"),
         (torch.zeros(5), {"gain": float("nan")}, "gain"),
         (torch.zeros(5), {"gain": (1, float("inf"))}, "gain"),
-        (torch.zeros(5), {"gain": (1, 1, 1)}, "pair"),
+        (torch.zeros(5), {"gain": (1, 1, 1)}, "gain"),
         (torch.zeros(5), {"blend": 1.5}, "blend"),
         (torch.zeros(5), {"blend": float("nan")}, "blend"),
     ],
@@ -180,9 +180,9 @@ def test_bad_descriptions_are_refused(vector, options, words):
 def test_what_does_not_fit_the_model_is_refused(first, x):
     model = small()
     for steer, words in [
-        (Steer("head", torch.zeros(7), from_first_pass=first), "head.*5 channels"),
-        (Steer("nowhere", torch.zeros(5), from_first_pass=first), "nowhere.*sources are"),
-        (Steer("head", torch.zeros(3, 5)), "3 vectors for a batch of 4"),
+        (Steer("head", torch.zeros(7), from_first_pass=first), "head"),
+        (Steer("nowhere", torch.zeros(5), from_first_pass=first), "nowhere.*head"),
+        (Steer("head", torch.zeros(3, 5)), "head.*3, 5.*4, 5"),
     ]:
         with pytest.raises(ValueError, match=words):
             model(x, steer=steer)
@@ -192,10 +192,10 @@ def test_one_hot_and_contrast():
     assert one_hot([2, 0], 3, scale=2.0).tolist() == [[0, 0, 2], [2, 0, 0]]
     assert one_hot(1, 3).dtype == torch.float32
     for bad in (3, -1, 1.0):
-        with pytest.raises(ValueError, match="0 to 2"):
+        with pytest.raises(ValueError, match="class_number.*2"):
             one_hot(bad, 3)
     assert contrast(torch.tensor([2.0, 1.0]), torch.tensor([1.0, 1.0])).tolist() == [1, 0]
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="shape"):
         contrast(torch.zeros(2), torch.zeros(3))
 
 
@@ -207,7 +207,7 @@ def test_instance_is_the_source_of_that_picture_and_keeps_the_modes(x):
         assert_close(instance(model, x), model(x))
     assert instance(model, x, "conv2").shape == (4, 8, 6, 6)
     assert model.training and not model.backbone.training
-    with pytest.raises(ValueError, match="no source.*conv2"):
+    with pytest.raises(ValueError, match="relu1.*conv2"):
         instance(model, x, "relu1")
 
 
@@ -239,11 +239,11 @@ def test_prototypes_leave_the_random_state_alone(x):
 def test_prototypes_name_what_is_missing(x):
     model = small()
     data = TensorDataset(x, torch.tensor([0, 0, 2, 2]))
-    with pytest.raises(ValueError, match="class 1 has no example"):
+    with pytest.raises(ValueError, match="class 1"):
         prototype(model, data)
-    with pytest.raises(ValueError, match="label 2.*2 classes"):
+    with pytest.raises(ValueError, match="label.*at most 1"):
         prototype(model, data, n_classes=2)
-    with pytest.raises(ValueError, match="at least one example"):
+    with pytest.raises(ValueError, match="example"):
         prototype(model, TensorDataset(x[:0], torch.zeros(0, dtype=torch.long)))
     one = prototype(model, TensorDataset(x, torch.arange(4)), "conv2")
     assert one.mean.shape == (4, 8, 6, 6) and one.stderr.isnan().all()
@@ -281,7 +281,7 @@ def test_triplets_are_balanced(classes, members, per_pair, seed):
 
 
 def test_triplets_need_three_classes():
-    with pytest.raises(ValueError, match="three classes"):
+    with pytest.raises(ValueError, match="number_of_classes"):
         triplets(torch.tensor([0, 1, 0]), 1)
 
 
@@ -298,7 +298,7 @@ def test_a_prime_by_hand():
     assert a_prime(0.8, 0.4) == pytest.approx(0.5 + 0.4 * 1.4 / (4 * 0.8 * 0.6))
     assert_close(a_prime(torch.tensor([1.0, 0.5]), torch.tensor([0.0, 0.5])), torch.tensor([1.0, 0.5], dtype=torch.float64))
     for bad in ((1.1, 0), (0, -0.1), (float("nan"), 0)):
-        with pytest.raises(ValueError, match="rates"):
+        with pytest.raises(ValueError, match="rate"):
             a_prime(*bad)
 
 
@@ -317,7 +317,7 @@ def test_search_counts_what_single_calls_answer():
     assert rates["hits"] == pytest.approx(found.hits.double().mean((0, 1)).tolist())
     by_picture = search(model, x, y, three, vectors[y], by="picture", gain=2.0)
     assert torch.equal(by_picture.hits, found.hits)
-    with pytest.raises(ValueError, match="vector for each"):
+    with pytest.raises(ValueError, match="number_of_vectors.*2"):
         search(model, x, y, three, vectors[:2])
 
 
@@ -361,7 +361,7 @@ def test_the_diffusion_prior_learns_and_is_reproducible():
 def test_priors_refuse_what_does_not_fit():
     text, truth = pairs()
     prior = TextPrior(6, 9, "ridge")
-    for bad, words in [((text[:, :5], truth), r"text.*\(n, 6\)"), ((text, truth[:, :8]), r"prototypes.*\(n, 9\)"), ((text[:3], truth[:4]), "pairs"), ((text * float("nan"), truth), "finite")]:
+    for bad, words in [((text[:, :5], truth), r"text.*, 6\)"), ((text, truth[:, :8]), r"prototypes.*, 9\)"), ((text[:3], truth[:4]), "prototypes"), ((text[:1], truth[:1]), "text"), ((text * float("nan"), truth), "text"), ((text.tolist(), truth), "text.*list")]:
         with pytest.raises(ValueError, match=words):
             prior.fit(*bad)
     with pytest.raises(ValueError, match="diffusion"):
@@ -376,7 +376,7 @@ def test_text_embeddings_by_any_encoder_or_by_open_clip(monkeypatch):
     encode = lambda texts: torch.tensor([[float(len(t)), float(t.count("a"))] for t in texts])
     found = text_embeddings(["bag", "coat"], encode, template="a {}")
     assert_close(found, F.normalize(torch.tensor([[5.0, 2.0], [6.0, 2.0]]), dim=1))
-    with pytest.raises(ValueError, match="expected"):
+    with pytest.raises(ValueError, match="embeddings"):
         text_embeddings(["bag"], lambda texts: torch.zeros(3, 2))
     monkeypatch.setitem(sys.modules, "open_clip", None)
     with pytest.raises(ImportError, match=r"feedback_nb\[text\]"):
@@ -420,18 +420,18 @@ def test_blend_maps_are_one_for_each_example(x):
     together = model(x, steer=Steer("head", vectors, blend=maps))
     for i in range(4):
         assert_close(together[i : i + 1], model(x[i : i + 1], steer=Steer("head", vectors[i], blend=maps[i : i + 1])))
-    assert "map of shape (4, 1, 4, 4)" in repr(Steer("head", vectors, blend=maps))
+    assert "(4, 1, 4, 4)" in repr(Steer("head", vectors, blend=maps))
 
 
 @pytest.mark.parametrize(
     ("blend", "options", "words"),
     [
-        (torch.ones(4, 4), {}, r"\(B or 1, 1, h, w\).*got shape \(4, 4\)"),
-        (torch.ones(1, 3, 4, 4), {}, r"got shape \(1, 3, 4, 4\)"),
-        (torch.full((1, 1, 4, 4), 1.5), {}, "values from 1.5"),
-        (torch.full((1, 1, 4, 4), torch.nan), {}, "values in"),
-        (torch.ones(1, 1, 0, 4), {}, "got shape"),
-        (torch.ones(1, 1, 4, 4), {"from_first_pass": True}, "first pass"),
+        (torch.ones(4, 4), {}, r"blend.*\(4, 4\)"),
+        (torch.ones(1, 3, 4, 4), {}, r"blend.*\(1, 3, 4, 4\)"),
+        (torch.full((1, 1, 4, 4), 1.5), {}, "blend"),
+        (torch.full((1, 1, 4, 4), torch.nan), {}, "blend"),
+        (torch.ones(1, 1, 0, 4), {}, "blend"),
+        (torch.ones(1, 1, 4, 4), {"from_first_pass": True}, "blend.*first pass"),
     ],
 )
 def test_bad_blend_maps_are_refused(blend, options, words):
@@ -440,7 +440,7 @@ def test_bad_blend_maps_are_refused(blend, options, words):
 
 
 def test_a_blend_map_for_another_batch_is_refused(x):
-    with pytest.raises(ValueError, match="3 blend maps for a batch of 4"):
+    with pytest.raises(ValueError, match="head.*3, 1, 2, 2"):
         small()(x, steer=Steer("head", torch.ones(5), blend=torch.ones(3, 1, 2, 2)))
 
 
@@ -473,13 +473,13 @@ def test_vectors_of_another_dtype_are_brought_to_the_models(motif, first, x):
 @pytest.mark.parametrize("n", [2, 3])
 @pytest.mark.parametrize("batch", [1, 4])
 def test_a_first_pass_takes_one_vector_or_one_for_each(n, batch, x):
-    with pytest.raises(ValueError, match=f"{n} vectors for a batch of {batch}"):
+    with pytest.raises(ValueError, match="head"):
         small()(x[:batch], steer=Steer("head", torch.randn(n, 5), from_first_pass=True))
 
 
 def test_a_published_source_that_is_overheard_at_once_cannot_be_steered(x):
     pairs = [("relu1", "conv2"), ("head", "conv1")]
-    with pytest.raises(ValueError, match="'relu1' would change nothing"):
+    with pytest.raises(ValueError, match="relu1"):
         small("published", pairs)(x, steer=Steer("relu1", torch.randn(6)))
     paper = small("paper", pairs)
     assert not torch.allclose(paper(x, steer=Steer("relu1", 5 * torch.randn(6))), paper(x))
@@ -487,7 +487,7 @@ def test_a_published_source_that_is_overheard_at_once_cannot_be_steered(x):
 
 @pytest.mark.parametrize("gain", [torch.tensor([1.0, 2.0]), "2", None])
 def test_a_gain_that_is_no_number_is_refused(gain):
-    with pytest.raises(ValueError, match="gain must be one finite number"):
+    with pytest.raises(ValueError, match="gain"):
         Steer("head", torch.zeros(5), gain=gain)
 
 
@@ -632,7 +632,7 @@ def test_a_search_runs_the_plain_pass_once_and_names_what_is_not_finite():
         search(model, x, y, triplets(y, 1), torch.randn(4, 5))
 
 
-@pytest.mark.parametrize(("labels", "said"), [(torch.tensor([0, 1, -1, 2]), "≥ 0"), (torch.eye(4), "one dimension"), (torch.tensor([0.0, 1, 2, 3]), "float32")])
+@pytest.mark.parametrize(("labels", "said"), [(torch.tensor([0, 1, -1, 2]), "-1"), (torch.eye(4), "label.*2"), (torch.tensor([0.0, 1, 2, 3]), "label.*0.0")])
 def test_labels_that_are_no_class_numbers_are_refused(x, labels, said):
     with pytest.raises(ValueError, match=said):
         prototype(small(), TensorDataset(x, labels))
