@@ -35,7 +35,7 @@ def check_masks(
         raise ValueError(f"label {label} in mask {i} at {tuple(place)} is no class, there are "
                          f"{there}; map it (of 0 and 255: mask > 127)")
 
-# %% ../nbs/09_segmentation.ipynb #7a2a0f51
+# %% ../nbs/09_segmentation.ipynb #0cd020d3
 def class_weights(
     target: torch.Tensor,  # masks (B, H, W) int64, of the training set
     n_classes: int,
@@ -53,7 +53,7 @@ def segmentation_loss(
     weights: torch.Tensor | None = None,  # (C,), such as `class_weights`; None: all 1
     dice: float = 0.5,  # share of the Dice loss, in [0, 1]; the rest is cross entropy
 ) -> torch.Tensor:  # scalar: the mean over the images
-    """Cross entropy and Dice, which keeps a small class from being given up."""
+    """Cross entropy, of which every pixel is a part, and Dice, of which every class is one."""
     n, classes = output.shape[:2]
     check_masks(target, classes, (n, *output.shape[2:]))
     need_number(0, 1, dice=dice)

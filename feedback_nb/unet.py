@@ -288,7 +288,7 @@ class FeedbackUNet(FeedbackLoop):
 
     def start(self, x, **context) -> State:
         """The blank state."""
-        _need_images(x, self.in_channels, self.body.stride)
+        _need_images(x, self.in_channels)
         return super().start(x, **context)
 
 # %% ../nbs/20_unet.ipynb #d1cdc0d9
