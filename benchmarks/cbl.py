@@ -29,11 +29,12 @@ def median(fn, *args, seconds, clock):
 
 def networks(args):
     """name -> (makes the network, batch, image size, classes, [(flow, adapter)])"""
+    vit_b = lambda: torchvision_net("vit_b_16")
     both = [(flow, adapter) for flow in ("through", "literal") for adapter in ("gate", "concat")]
     return {
         "CNN": (lambda: cnn(width=args.width), args.batch, 32, 10, both),
         "ResNet-18": (resnet18, args.large_batch, 224, 1000, [("through", "gate"), ("through", "concat")]),
-        "ViT-B/16": (lambda: torchvision_net("vit_b_16"), args.large_batch, 224, 1000, [("through", "gate"), ("through", "token")]),
+        "ViT-B/16": (vit_b, args.large_batch, 224, 1000, [("through", "gate"), ("through", "token")]),
     }
 
 
@@ -44,7 +45,8 @@ def measure(name, build, batch, size, classes, kinds, args):
     rows = {kind: [] for kind in kinds}
     floors = []
     for flow, adapter in kinds:
-        model = CBL(build(), example=x[:1].cpu(), flow=flow, adapter=adapter, steps=args.steps).to(args.device)
+        options = {"flow": flow, "adapter": adapter, "steps": args.steps}
+        model = CBL(build(), example=x[:1].cpu(), **options).to(args.device)
         plain(model.net, x, y), looped(model, x, y)
         for _ in range(args.rounds):
             floors.append(median(plain, model.net, x, y, seconds=args.seconds, clock=args.clock))

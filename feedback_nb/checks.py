@@ -33,7 +33,7 @@ def need_number(
     low: float = -math.inf,  # smallest value
     high: float = math.inf,  # largest value
     *,
-    strict: bool = False,  # strictly between the two
+    strict: bool = False,  # the bounds are no values
     whole: bool = False,  # whole numbers only
     **values: object,  # name of the argument = what was given
 ) -> None:
@@ -42,7 +42,8 @@ def need_number(
     for name, value in values.items():
         value = value.item() if hasattr(value, "item") else value  # of a tensor with one element
         number = isinstance(value, kind) and not isinstance(value, bool)
-        if not (number and low <= value <= high) or strict and value in (low, high):
+        at_end = strict and value in (low, high) and abs(value) != math.inf
+        if not (number and low <= value <= high) or at_end:
             above = low != -math.inf and f"{'above' if strict else 'at least'} {low:g}"
             below = high != math.inf and f"{'below' if strict else 'at most'} {high:g}"
             bounds = " and ".join(filter(None, (whole and "a whole number", above, below)))

@@ -177,10 +177,10 @@ class SpectralMixer(_Filtered):
     def __init__(
         self,
         dim: int,  # D, width of a token
-        n_tokens: "int | None",  # N, the only length it takes; with anchors it takes any
+        n_tokens: int | None,  # N, the only length it takes; with anchors it takes any
         heads: int = 4,  # H, groups of channels that share a filter
         *,
-        anchors: "int | None" = None,  # filter values from frequency 0 to 1/2; None: one per bin
+        anchors: int | None = None,  # filter values from frequency 0 to 1/2; None: one per bin
         bias: str = "real",  # b + t on the "real" part (released) or the "magnitude" (no impulse)
         activation=F.gelu,  # φ, of the magnitude; None: a linear filter, bias="real" only
         adaptive: bool = True,  # s and t, from the mean token; False: none
@@ -399,10 +399,10 @@ class FFTNetViT(Encoder):
         *,
         image_size: int = 224,  # pixels on a side
         in_channels: int = 3,
-        dim: "int | None" = None,  # D; None: that of the size, as for the next three
-        depth: "int | None" = None,  # blocks
-        heads: "int | None" = None,  # H
-        patch_size: "int | None" = None,  # pixels on a side
+        dim: int | None = None,  # D; None: that of the size, as for the next three
+        depth: int | None = None,  # blocks
+        heads: int | None = None,  # H
+        patch_size: int | None = None,  # pixels on a side
         **options,  # pool="mean" or "cls", and those of `FFTNetBlock` and its mixer
     ):
         _require(size in SIZES, "size is one of {}, got {!r}", ", ".join(SIZES), size)

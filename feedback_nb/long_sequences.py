@@ -26,7 +26,7 @@ class SequenceClassifier(Encoder):
 
     def __init__(
         self,
-        vocabulary: "int | None",  # ids, of which 0 is padding; None: the inputs are numbers
+        vocabulary: int | None,  # ids, of which 0 is padding; None: the inputs are numbers
         n_tokens: int,  # N, the longest sequence
         n_classes: int,
         *,
@@ -91,7 +91,7 @@ def _numbered(words, n_tokens):
 def listops(
     n: int,  # examples, no two alike
     n_tokens: int = 256,  # N, the longest expression
-    shortest: "int | None" = None,  # words; None: n_tokens / 4, the share it is in the original
+    shortest: int | None = None,  # words; None: n_tokens / 4, the share it is in the original
     *,
     max_depth: int = 10,
     max_args: int = 10,
@@ -177,7 +177,7 @@ def pathfinder(
 def grey_pixels(
     name: str = "cifar10-jpeg",  # any set of images that `load` knows
     split: str = "train",
-    size: "int | None" = None,  # pixels on a side; None: as stored, 32 for CIFAR-10
+    size: int | None = None,  # pixels on a side; None: as stored, 32 for CIFAR-10
     **options,  # of `load`: root, download
 ) -> TensorData:  # uint8 (n, size²), row after row
     """The pictures of a set as sequences of grey values (0.299 R + 0.587 G + 0.114 B)."""
@@ -188,7 +188,7 @@ def grey_pixels(
 
 # %% ../nbs/51_long_sequences.ipynb #d2fb19fc
 def read_listops(
-    file: "str | Path",  # basic_train.tsv, basic_val.tsv or basic_test.tsv of the release
+    file: str | Path,  # basic_train.tsv, basic_val.tsv or basic_test.tsv of the release
     n_tokens: int = 2000,  # longer ones are cut
 ) -> TensorData:  # as of `listops`
     """The published ListOps: two columns, Source and Target; its round brackets are left out."""
@@ -205,7 +205,7 @@ def read_listops(
 
 
 def read_pathfinder(
-    folder: "str | Path",  # one difficulty: pathfinder32/curv_contour_length_14, …128/… for Path-X
+    folder: str | Path,  # one difficulty: pathfinder32/curv_contour_length_14, …128/… for Path-X
 ) -> TensorData:  # uint8 (n, size²)
     """The published Pathfinder: metadata/*.npy are lists of text, imgs/*/*.png the pictures."""
     from torchvision.io import ImageReadMode, decode_image
@@ -230,7 +230,7 @@ def _bytes(texts, n_tokens):
 
 
 def read_retrieval(
-    file: "str | Path",  # new_aan_pairs.train.tsv, .eval.tsv or .test.tsv
+    file: str | Path,  # new_aan_pairs.train.tsv, .eval.tsv or .test.tsv
     n_tokens: int = 4000,  # bytes of each text
 ) -> TensorData:  # ids int32 (n, 2, N); class 1: one of the two papers cites the other
     """The published Retrieval: label, two numbers and two texts in a row, without a header."""
@@ -244,7 +244,7 @@ def read_retrieval(
 
 
 def read_text(
-    folder: "str | Path",  # aclImdb/train or aclImdb/test, with neg/ and pos/
+    folder: str | Path,  # aclImdb/train or aclImdb/test, with neg/ and pos/
     n_tokens: int = 4000,  # bytes
 ) -> TensorData:  # ids int32 (n, N)
     """Text: the IMDB reviews in their own layout, as bytes."""

@@ -214,7 +214,8 @@ def test_power_iteration_keeps_up_with_a_kernel_that_moves(lab, seed):
 @pytest.mark.parametrize("flow", ["through", "literal"])
 def test_the_maps_are_those_of_the_model(lab, flow):
     torch.manual_seed(0)
-    model, x = disturbed(CBL(cnn(1, width=4, hidden=16), example=images(), flow=flow), 0).eval(), images()
+    x = images()
+    model = disturbed(CBL(cnn(1, width=4, hidden=16), example=x, flow=flow), 0).eval()
     with torch.no_grad():
         path = model.trajectory(x, steps=3, states=True)
         phi, states = lab.refinement(model, x)

@@ -88,7 +88,7 @@ def test_paired_without_spread_says_so():
     assert paired([0.1 + 0.2, 1], [0.3, 1])[3:] == (0, 0, 1, 1, 0)
 
 
-@pytest.mark.parametrize("a, b, words", [([1], [2], "at least 2 pairs, got 1"), ([], [], "at least 2 pairs, got 0"), ([1, 2, 3], [1, 2], "3 and 2 scores"),
+@pytest.mark.parametrize("a, b, words", [([1], [2], "pairs.* 1"), ([], [], "pairs.* 0"), ([1, 2, 3], [1, 2], "scores.* 3.* 2"),
                                          ([1, math.nan], [1, 2], "a holds nan at position 1"), ([1, 2], [math.inf, 2], "b holds inf at position 0")])
 def test_paired_refuses_what_it_cannot_test(a, b, words):
     with pytest.raises(ValueError, match=words):
@@ -105,7 +105,7 @@ def test_holm_keeps_order_and_lies_between_p_and_bonferroni(ps):
 
 def test_holm_by_hand_and_bad_p():
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    with pytest.raises(ValueError, match=r"\[0, 1\]"):
+    with pytest.raises(ValueError, match=r"p-value 0.*1\.5"):
         holm([1.5])
 
 
@@ -126,7 +126,7 @@ def test_significance_corrects_for_several_models_and_shows_lone_runs():
     assert table.loc["base", "std"] == pytest.approx(100)  # n - 1
     plain = significance(runs, "base")
     assert plain["p"].dropna().tolist() == pytest.approx(table["p"].dropna().tolist())
-    with pytest.raises(ValueError, match="no runs of empty"):
+    with pytest.raises(ValueError, match="runs of empty"):
         significance({"base": [1.0], "empty": []})
 
 
@@ -290,10 +290,10 @@ def test_a_results_file_is_readable_and_says_nothing_of_the_machine(tmp_path):
     assert len(made) == 1 and made[0]["torch"] == torch.__version__ and made[0]["threads"] == 1
     assert {"model", "seed", "accuracy", "loss", "parameters", "epochs", "train_seconds", "wall_seconds", "made"} <= set(recorded(file).frame.columns)
     file.write_text(text[: len(text) // 2])
-    with pytest.raises(ValueError, match="runs.json is no complete results file"):
+    with pytest.raises(ValueError, match="runs.json.*results file"):
         quick({"a": net}, DATA, results=file)
     file.write_text('{"accuracy": 1}')
-    with pytest.raises(ValueError, match="not a results file"):
+    with pytest.raises(ValueError, match="other.json|runs.json"):
         recorded(file)
 
 
@@ -347,14 +347,14 @@ def test_recorded_finds_results_above_and_says_what_there_is(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("how, error, words", [
-    (dict(factories={}), ValueError, "factories is"),
-    (dict(factories={"a": net()}, data=None), ValueError, "data is"),
-    (dict(factories={"a": lambda: 3}), TypeError, "'a' must return a module"),
+    (dict(factories={}), ValueError, "factories"),
+    (dict(factories={"a": net()}, data=None), ValueError, "data"),
+    (dict(factories={"a": lambda: 3}), TypeError, "'a'.*module.*int"),
     (dict(data=(1,)), ValueError, "train, test"),
-    (dict(seeds=[1, 1]), ValueError, "different whole numbers"),
-    (dict(seeds=[]), ValueError, "at least one"),
-    (dict(settings={"seed": 1}), ValueError, "seed cannot be a setting"),
-    (dict(per_model={"c": {}}), ValueError, "'c', which is no model"),
+    (dict(seeds=[1, 1]), ValueError, "seeds"),
+    (dict(seeds=[]), ValueError, "seeds"),
+    (dict(settings={"seed": 1}), ValueError, "seed"),
+    (dict(per_model={"c": {}}), ValueError, "'c'.*model"),
 ])
 def test_compare_refuses_before_anything_is_trained(how, error, words):
     with pytest.raises(error, match=words):
@@ -373,11 +373,11 @@ def test_columns_that_are_not_there_are_named():
     runs = quick({"a": net}, DATA, range(2), measure=lambda model, test: {"zeros": int((model.weight == 0).sum()), "broken": math.nan})
     assert runs.scores("a", "zeros") == {0: 0, 1: 0}
     for metric in ("f1", "broken"):
-        with pytest.raises(ValueError, match=f"no number '{metric}'; it has .*accuracy.*zeros"):
+        with pytest.raises(ValueError, match=f"'{metric}'.*accuracy.*zeros"):
             runs.table(metric=metric)
-    with pytest.raises(ValueError, match="no model 'b'.*a"):
+    with pytest.raises(ValueError, match="'b'.*model.*a"):
         runs.scores("b")
-    with pytest.raises(ValueError, match="no accuracy per step"):
+    with pytest.raises(ValueError, match="accuracy per step"):
         runs.per_step("a")
 
 
@@ -531,7 +531,7 @@ def test_attacks_go_through_the_feedback_steps():
     margin = ((x - 0.5) * torch.tensor(WEIGHT)).sum(1).abs()
     assert curve.accuracy[1] == pytest.approx((margin > 0.05 * sum(map(abs, WEIGHT))).double().mean().item(), abs=0.006)
     assert list(noise_curve(Echo(), (x, y), (0.0,), steps=1).columns[-2:]) == ["accuracy_0", "accuracy_1"]
-    with pytest.raises(ValueError, match="no FeedbackModel; leave steps out"):
+    with pytest.raises(ValueError, match="no FeedbackModel"):
         noise_curve(Line(WEIGHT), (x, y), steps=2)
 
 
@@ -542,12 +542,12 @@ def test_examples_that_settle_early_keep_their_answer():
 
 
 @pytest.mark.parametrize("call, words", [
-    (lambda d: noise_curve(Line(WEIGHT), (d[0] * 4 - 2, d[1])), "beyond bounds 0 … 1"),
-    (lambda d: noise_curve(Line(WEIGHT), d, (-1,)), "sigmas cannot be negative"),
-    (lambda d: noise_curve(Line(WEIGHT), d, (math.nan,)), "sigmas holds nan"),
-    (lambda d: noise_curve(Line(WEIGHT), d, ()), "no sigma given"),
-    (lambda d: noise_curve(Line(WEIGHT), (d[0][:0], d[1][:0])), "data set is empty"),
-    (lambda d: corruption_curve(Line(WEIGHT), d, {}), "no corruption given"),
+    (lambda d: noise_curve(Line(WEIGHT), (d[0] * 4 - 2, d[1])), "bounds 0 … 1"),
+    (lambda d: noise_curve(Line(WEIGHT), d, (-1,)), "sigmas.*-1"),
+    (lambda d: noise_curve(Line(WEIGHT), d, (math.nan,)), "sigmas.*nan"),
+    (lambda d: noise_curve(Line(WEIGHT), d, ()), "sigma"),
+    (lambda d: noise_curve(Line(WEIGHT), (d[0][:0], d[1][:0])), "data set"),
+    (lambda d: corruption_curve(Line(WEIGHT), d, {}), "corruptions"),
     (lambda d: corruption_curve(Line(WEIGHT), d, {"hole": lambda x, s: x / 0}), "'hole' at severity 1"),
 ])
 def test_curves_refuse_bad_input(call, words):
@@ -627,7 +627,7 @@ def test_area_is_a_mean_height(heights, step, start):
 
 
 @pytest.mark.parametrize("curve, words", [({"x": [0], "accuracy": [1]}, "two points"), ({"x": [1, 0], "accuracy": [1, 0]}, "ascending"),
-                                          ({"x": [0, 1], "accuracy": [1, math.nan]}, "accuracy holds nan"), ({"x": [0, 1]}, "no column 'accuracy'")])
+                                          ({"x": [0, 1], "accuracy": [1, math.nan]}, "accuracy.*nan"), ({"x": [0, 1]}, "'accuracy'.*column")])
 def test_area_refuses_what_has_none(curve, words):
     with pytest.raises(ValueError, match=words):
         area(pd.DataFrame(curve))
@@ -655,7 +655,7 @@ def test_calibration_of_sure_and_of_honest_networks():
     assert len(calibration(Echo(), line_data(20))) == 3
     with pytest.raises(ValueError, match="not finite"):
         reliability(torch.full((2, 2), math.nan), torch.tensor([0, 1]))
-    with pytest.raises(ValueError, match="at least one bin"):
+    with pytest.raises(ValueError, match="bins.* 0"):
         reliability(torch.zeros(2, 2), torch.tensor([0, 1]), bins=0)
 
 
@@ -777,7 +777,7 @@ def test_cost_uses_a_models_own_backward():
 
 
 @pytest.mark.parametrize("call, error, words", [
-    (lambda x: cost({"a": nn.Linear(4, 2)}, x, "b"), ValueError, "no model 'b'.*a"),
+    (lambda x: cost({"a": nn.Linear(4, 2)}, x, "b"), ValueError, "'b'.*model.*a"),
     (lambda x: cost(nn.Flatten(0), x), TypeError, "loss="),
     (lambda x: cost(nn.Linear(4, 2), x, rounds=0), ValueError, "rounds"),
 ])

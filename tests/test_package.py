@@ -60,8 +60,10 @@ CONTRACT = {
         "lipschitz": ["f", "h"],
         "banach_bounds": ["q", "first_step", "n"],
         "a_posteriori": ["q", "last_step"],
+        "relative_residual": ["change", "h"],
         "fixed_point": ["f", "h0"],
     },
+    "certificates": {"jacobian_norm": ["f", "h"], "conv_norm_bound": ["conv"], "lipschitz_upper": ["net", "shape"]},
     "feedback": {
         "Trajectory": ["outputs", "residuals", "states"],
         "FeedbackModel": ["steps"],

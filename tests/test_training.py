@@ -775,8 +775,8 @@ def test_a_damaged_checkpoint_is_named_and_an_earlier_one_taken(tmp_path, file, 
 
 def test_a_checkpoint_of_another_model_is_refused_by_key_and_shape(tmp_path):
     run(build(), epochs=1, checkpoint=tmp_path)
-    for other, match in [(build(width=9), r"a.weight.*\(8, 6\) there and of shape \(9, 6\)"), (nn.Linear(6, 3), "'weight' is missing there"),
-                         (nn.Sequential(), "missing in this Sequential")]:
+    for other, match in [(build(width=9), r"a.weight.*\(8, 6\).*\(9, 6\)"), (nn.Linear(6, 3), "'weight'.*missing"),
+                         (nn.Sequential(), "missing")]:
         before = weights(other)
         with pytest.raises(CheckpointError, match=match):
             load_checkpoint(other, tmp_path)
