@@ -7,7 +7,7 @@ __all__ = ['rnn', 'text_encoder', 'count_parameters', 'cnn', 'torchvision_net', 
            'TextBlock', 'TextEncoder', 'SmallAlexNet', 'match_parameters', 'multiply_adds', 'match_compute',
            'default_layers', 'suggest_connections']
 
-# %% ../nbs/06_networks.ipynb #ec2774f7
+# %% ../nbs/06_networks.ipynb #0a2959bd
 #| code-fold: true
 #| code-summary: "Imports"
 import copy
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .feedback import trace_calls
+from .layers import trace_calls
 
 # %% ../nbs/06_networks.ipynb #3446efa2
 def count_parameters(net: nn.Module) -> int:
