@@ -53,7 +53,7 @@ clean: ## remove everything that was made, but not .venv
 # .ready is removed first and written last. Without it nothing in .venv is trusted, so a set-up that was interrupted starts again from nothing.
 $(READY): constraints.txt settings.ini setup.py
 	@command -v "$(PYTHON)" >/dev/null || { echo 'There is no $(PYTHON) on the PATH. Install Python 3.11 or later, or name one: make PYTHON=/path/to/python3.11'; exit 1; }
-	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "The pinned set needs Python 3.11 or later (numpy 2.4 and scipy 1.17 do), and $(PYTHON) is `"$(PYTHON)" -V 2>&1`. Name another: make PYTHON=python3.11. (The package alone runs on 3.10: pip install .)"; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "The pinned set needs Python 3.11 or later (numpy 2.4 and scipy 1.17 do), and $(PYTHON) is `"$(PYTHON)" -V 2>&1`. Name another: make PYTHON=python3.11."; exit 1; }
 	@"$(PYTHON)" -c 'import venv, ensurepip' 2>/dev/null || { echo '$(PYTHON) has no venv module. On Debian and Ubuntu it is the package python3-venv; or name another: make PYTHON=python3.11'; exit 1; }
 	@if [ -f $@ ]; then rm $@; else echo 'Making .venv (once, some minutes) ...'; "$(PYTHON)" -m venv --clear .venv; fi
 	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'

@@ -41,12 +41,14 @@ from feedback_nb.replay import (  # noqa: F401
 
 # %% ../nbs/10_cbl.ipynb #ae881bb2
 class GateAdapter(nn.Module):
-    """ψ(h, z) = h ⊙ 2σ(W z + b): the context turns every channel up or down, between 0 and 2 times."""
+    """ψ(h, z) = h ⊙ 2σ(W z + b): turns every channel up or down, between 0 and 2 times."""
 
     def __init__(self, channels: int, context_dim: int):
         super().__init__()
         self.gate = nn.Linear(context_dim, channels)
-        nn.init.zeros_(self.gate.bias)  # so that the gates start around 1, where the network is the plain one
+        nn.init.zeros_(
+            self.gate.bias
+        )  # so that the gates start around 1, where the network is the plain one
 
     def forward(
         self,
@@ -58,7 +60,7 @@ class GateAdapter(nn.Module):
 
 
 class ConcatAdapter(nn.Module):
-    """ψ(h, z) = W [h; z] + b: h and z side by side through a 1×1 convolution, which starts as the identity on h."""
+    """ψ(h, z) = W [h; z] + b: a 1×1 convolution, which starts as the identity on h."""
 
     def __init__(self, channels: int, context_dim: int):
         super().__init__()
@@ -68,12 +70,16 @@ class ConcatAdapter(nn.Module):
 
     def forward(self, h, z):
         shift = self.context(z)  # W_z z + b once an example, not once a position
-        mixed = F.linear(h, self.state.weight) if h.dim() == 2 else torch.einsum("oc,bc...->bo...", self.state.weight, h)
+        mixed = (
+            F.linear(h, self.state.weight)
+            if h.dim() == 2
+            else torch.einsum("oc,bc...->bo...", self.state.weight, h)
+        )
         return mixed + shift.view(*shift.shape, *[1] * (h.dim() - 2))
 
 # %% ../nbs/10_cbl.ipynb #533129be
 class AttentionAdapter(nn.Module):
-    """ψ(h, z) = h + softmax(Q(h) K(z)ᵀ/√d) V(z): every position of h looks at a few tokens made from z."""
+    """ψ(h, z) = h + softmax(Q(h) K(z)ᵀ/√d) V(z): each position looks at tokens made from z."""
 
     def __init__(self, channels: int, context_dim: int, tokens: int = 4, dim: int = 32):
         super().__init__()
@@ -85,7 +91,9 @@ class AttentionAdapter(nn.Module):
     def forward(self, h, z):
         positions = h.flatten(2).transpose(1, 2) if h.dim() > 2 else h[:, None]  # (B, N, channels)
         key, value = (layer(z).unflatten(1, (self.tokens, -1)) for layer in (self.key, self.value))
-        looked = F.scaled_dot_product_attention(self.query(positions), key, value)  # (B, N, channels)
+        looked = F.scaled_dot_product_attention(
+            self.query(positions), key, value
+        )  # (B, N, channels)
         return h + looked.transpose(1, 2).reshape(h.shape)
 
 
@@ -111,7 +119,9 @@ class TokenAdapter(nn.Module):
             raise ValueError(f"adapter='token' takes blocks called with (B, N, {width}), got {got}")
         given = {name: mask for name, mask in kwargs.items() if torch.is_tensor(mask)}
         grown = {name: F.pad(given[name], (1, 0)) for name in _PADDING_MASKS if name in given}
-        masks = {name: F.pad(given[name], (1, 0, 1, 0)) for name in _ATTENTION_MASKS if name in given}
+        masks = {
+            name: F.pad(given[name], (1, 0, 1, 0)) for name in _ATTENTION_MASKS if name in given
+        }
         if masks and "is_causal" in kwargs:
             grown["is_causal"] = False  # it was a hint about the mask, which is larger now
         tokens = torch.cat([token.to(tokens.dtype), tokens], 1)
@@ -134,7 +144,7 @@ def moves(new, old):
 
 
 def literal_step(
-    model: "CBL",  # the model
+    model,  # a CBL
     x,  # the input: not used but to run the network, whose lower layers are answered from memory
     state: State,  # h_t, y_t
 ) -> State:  # h_{t+1}, y_{t+1}
@@ -147,7 +157,7 @@ def literal_step(
 
 # %% ../nbs/10_cbl.ipynb #01020d8a
 def through_step(
-    model: "CBL",  # the model
+    model,  # a CBL
     x,  # the input, which enters again in every step
     state: State,  # h_t, y_t
 ) -> State:  # h_{t+1}, y_{t+1}
@@ -162,14 +172,21 @@ def through_step(
         return with_state(output, h[key])
 
     def refine(site):
-        return lambda o: blended(site.key, o, model.refined(site, state_of(o), z))
+        def function(output):
+            return blended(site.key, output, model.refined(site, state_of(output), z))
+
+        return function
 
     def around(site):  # a token adapter changes what the layer is given
-        return lambda compute: blended(site.key, *model.adapters[site.layer](compute, z))
+        adapter = model.adapters[site.layer]
+        return lambda compute: blended(site.key, *adapter(compute, z))
 
-    sites, token = model.sites.values(), lambda s: isinstance(model.adapters[s.layer], TokenAdapter)
-    functions = {site.key: refine(site) for site in sites if not token(site)}
-    tokens = {site.key: around(site) for site in sites if token(site)}
+    functions, tokens = {}, {}
+    for site in model.sites.values():
+        if isinstance(model.adapters[site.layer], TokenAdapter):
+            tokens[site.key] = around(site)
+        else:
+            functions[site.key] = refine(site)
     return State(h, model.run(x, state.memo, functions, around=tokens), state.memo, moved)
 
 # %% ../nbs/10_cbl.ipynb #d14c772f
@@ -244,9 +261,14 @@ class CBL(FeedbackModel):
             raise ValueError(f"CBL needs logits (B, C, …), {type(net).__name__} returns no such")
         check_reach(self.replay, example)
         self.alpha_raw = nn.Parameter(torch.tensor(_check_alpha(alpha)), requires_grad=learn_alpha)
-        self.context = context or Context(self.replay.shape[1], context_dim)
-        self.adapters = Named({site.layer: _make_adapter(adapter, site, context_dim, flow)
-                               for (_, k), site in self.sites.items() if k == 0})
+        self.context = Context(self.replay.shape[1], context_dim) if context is None else context
+        self.adapters = Named(
+            {
+                site.layer: _make_adapter(adapter, site, context_dim, flow)
+                for (_, k), site in self.sites.items()
+                if k == 0
+            }
+        )
         self.to(self.replay.device)
         self.context.to(self.replay.dtype), self.adapters.to(self.replay.dtype)
 

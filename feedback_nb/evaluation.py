@@ -290,9 +290,10 @@ def _flat(tree: Any, at: str = "") -> dict[str, Any]:
 
 def _differences(old: dict, new: dict) -> list[str]:
     """Where the data, the settings or the models that both know differ."""
-    shared = sorted(old["models"].keys() & new["models"].keys())
-    parts = lambda r: {**r, "models": {k: r["models"][k] for k in shared}}
-    flat = [_flat({k: parts(r)[k] for k in ("data", "settings", "models")}) for r in (old, new)]
+    shared, flat = sorted(old["models"].keys() & new["models"].keys()), []
+    for r in (old, new):
+        models = {k: r["models"][k] for k in shared}
+        flat.append(_flat({"data": r["data"], "settings": r["settings"], "models": models}))
     pairs = {k: [f.get(k, "not given") for f in flat] for k in {**flat[0], **flat[1]}}
     return [f"{k} was {was!r}, is {now!r}" for k, (was, now) in pairs.items() if was != now]
 
@@ -689,7 +690,9 @@ def _flops(model: nn.Module, x) -> float:
             net.eval()(batch)
         return counter.get_total_flops()
 
-    meta = lambda leaf: leaf.to("meta") if torch.is_tensor(leaf) else leaf
+    def meta(leaf):
+        return leaf.to("meta") if torch.is_tensor(leaf) else leaf
+
     # it fails where what is computed depends on the data (halting by `tol`)
     with contextlib.suppress(RuntimeError, NotImplementedError, ValueError):
         return count(copy.deepcopy(model).to("meta"), tree_map(meta, x))
@@ -746,7 +749,8 @@ def cost(
         models = {name: copy.deepcopy(m) for name, m in models.items()}
         table = {name: _static_cost(m, example, loss, train) for name, m in models.items()}
 
-        kinds = {"forward_ms": lambda m: torch.no_grad()(partial(m.eval(), example))}
+        silent = torch.no_grad()
+        kinds = {"forward_ms": lambda m: silent(partial(m.eval(), example))}
         if train:
             kinds["train_ms"] = lambda m: _training_step(m.train(), example, loss)
         for column, step in kinds.items():
@@ -767,8 +771,9 @@ def _batches(data, batch_size: int, device: torch.device):
         data = TensorDataset(*data)
     if not isinstance(data, DataLoader):
         need_number(1, **{"size of the data set": len(data)})
-        # a data set of this package hands over batches
-        whole = lambda batch: batch if isinstance(batch, tuple) else default_collate(batch)
+        def whole(batch):  # a data set of this package hands over batches
+            return batch if isinstance(batch, tuple) else default_collate(batch)
+
         # a generator of its own, or a loader draws from torch's
         data = DataLoader(data, batch_size, collate_fn=whole, generator=torch.Generator())
     for x, y in data:
@@ -789,6 +794,7 @@ def _evaluating(model: nn.Module):
 
 def _outputs(model: nn.Module, x: torch.Tensor, steps: int | None) -> list[torch.Tensor]:
     """The logits after each of T steps, (B, C, …); of a plain network just its own."""
+    model = getattr(model, "_orig_mod", model)  # of torch.compile, whose wrapper has no steps
     if isinstance(model, FeedbackModel):
         outputs = model.trajectory(x, steps=steps).outputs
         missing = (model.steps if steps is None else steps) + 1 - len(outputs)

@@ -140,7 +140,7 @@ class _Picard:
 
 _SOLVERS = {"picard": _Picard}
 
-# %% ../nbs/00_fixed_points.ipynb #4465ea82
+# %% ../nbs/00_fixed_points.ipynb #166a9cb6
 #| code-fold: true
 #| code-summary: "Options that are checked, and what is said when a solve fails"
 def _options(steps: int, tol: float | None, damping: float, solver: str, memory: int) -> dict:
@@ -161,12 +161,12 @@ def _report(name: str, start: Tensor, residuals: Tensor, tol: float | None) -> N
     bad = torch.cat([~start.isfinite().all(1).unsqueeze(0), residuals.isnan()])  # row 0: h0
     if bool(bad.any()):
         step = int(bad.any(1).nonzero()[0, 0])
-        who = ", ".join(map(str, bad[step].nonzero().flatten().tolist()[:5]))
-        raise FloatingPointError(f"{name}: example {who} not finite after step {step}. Damp f?")
+        at = ", ".join(map(str, bad[step].nonzero().flatten().tolist()[:5]))
+        raise FloatingPointError(f"{name}: example {at} not finite after step {step}. Try damping.")
     last = residuals[-1] if len(residuals) else start.new_full((len(start),), math.inf)
     if tol is not None and not bool((last <= tol).all()):
         far = f"{int((last > tol).sum())} of {len(last)} above tol={tol:g}, up to {last.max():.3g},"
-        warnings.warn(f"{name}: {far} after {len(residuals)} steps. Try more, or 'anderson'.",
+        warnings.warn(f"{name}: {far} after {len(residuals)} steps: try more, or 'anderson'.",
                       NotConverged, stacklevel=4)
 
 # %% ../nbs/00_fixed_points.ipynb #c4c670b4

@@ -102,8 +102,9 @@ class _Norm(nn.Module):
         if self.weight.dim() == 1:
             a = F.layer_norm(a.movedim(1, 3), self.weight.shape, self.weight, self.bias)
             return a.movedim(3, 1)
-        fit = lambda p: resize(p[None], a.shape[2:], align_corners=True)[0].expand(a.shape[1:])
-        return F.layer_norm(a, a.shape[1:], fit(self.weight), fit(self.bias))
+        size, shape = a.shape[2:], a.shape[1:]
+        maps = [resize(p[None], size, align_corners=True)[0] for p in (self.weight, self.bias)]
+        return F.layer_norm(a, shape, *(p.expand(shape) for p in maps))
 
 
 class PublishedDrive(_Drive):
@@ -210,22 +211,25 @@ class LRM(FeedbackModel):
         pairs = _pairs(given)
         names, heard = list(dict.fromkeys(sum(pairs, ()))), [pair.source for pair in pairs]
         modulated = {pair.destination for pair in pairs}
-        edited = lambda sites: [site for site in sites if site.layer in modulated]
+        edited = lambda sites: [s for s in sites if s.layer in modulated]
         self.backbone, self.motif, self.mode = backbone, motif, mode
-        self.replay = Replay(backbone, names, example, edited=edited, kept=heard,
-                             channel_dims=channel_dims)
+        self.replay = Replay(
+            backbone, names, example, edited=edited, kept=heard, channel_dims=channel_dims
+        )
         sites = {site.layer: site for site in self.replay.sites.values()}
         _check_shapes(pairs, sites)
         check_reach(self.replay, example, heard)
         order = [site.layer for site in self.replay.sites.values()]  # one entry for each call
         last = {name: i for i, name in enumerate(order)}
-        rank = lambda pair: (last[pair.destination], last[pair.source], pair)
+        rank = lambda p: (last[p.destination], last[p.source], p)
         self.connections = sorted(pairs, key=rank)
         self.sources = {name: sites[name] for name in sorted({*heard}, key=last.get)}
-        before = lambda pair: last[pair.source] < order.index(pair.destination)
-        self.at_once = {pair for pair in pairs if motif == "published" and before(pair)}
-        told = {d: {c.source: sites[c.source] for c in self.connections if c.destination == d}
-                for d in dict.fromkeys(pair.destination for pair in self.connections)}
+        early = {pair for pair in pairs if last[pair.source] < order.index(pair.destination)}
+        self.at_once = early if motif == "published" else set()  # heard in the pass they fire in
+        told = {
+            d: {c.source: sites[c.source] for c in self.connections if c.destination == d}
+            for d in dict.fromkeys(pair.destination for pair in self.connections)
+        }
         self.modulations = Named({d: Modulation(sites[d], s, motif, mode) for d, s in told.items()})
         self.modulations.to(self.replay.device, self.replay.dtype)
 
@@ -305,27 +309,41 @@ _LRM1 = [("classifier.6", "features.8"), ("features.9", "features.0")]
 _LRM2 = [*_LRM1, ("classifier.6", "features.10"), ("features.12", "features.3")]
 _LRM3 = [*_LRM2, ("classifier.2", "features.6")]
 ALEXNET = {  # level: (connections in torchvision's names, file of the weights under `RELEASED`)
-    1: (_LRM1, "/".join((
-        "set14",
-        "set14_alexnet_lrm_cls6to8_9to0_2steps_stepwise",
-        "df5a9767-1046-4d0f-9f82-649c0e5c7881",
-        "set14_alexnet_lrm_cls6to8_9to0_2steps_stepwise"
-        "_final_weights-40b29a3427.pth",
-    ))),
-    2: (_LRM2, "/".join((
-        "set15",
-        "set15_alexnet_torchvision_imagenet1k_lrm_2back_2steps",
-        "84bdc4f4-1de0-4438-941b-43e574298694",
-        "set15_alexnet_torchvision_imagenet1k_lrm_2back_2steps"
-        "_final_weights-17b4229a30.pth",
-    ))),
-    3: (_LRM3, "/".join((
-        "set15",
-        "set15_alexnet_torchvision_imagenet1k_lrm_3back_2steps",
-        "28453e80-c5e5-4d76-bc81-99c5fade39ff",
-        "set15_alexnet_torchvision_imagenet1k_lrm_3back_2steps"
-        "_final_weights-63ab1b3b06.pth",
-    ))),
+    1: (
+        _LRM1,
+        "/".join(
+            (
+                "set14",
+                "set14_alexnet_lrm_cls6to8_9to0_2steps_stepwise",
+                "df5a9767-1046-4d0f-9f82-649c0e5c7881",
+                "set14_alexnet_lrm_cls6to8_9to0_2steps_stepwise_final_weights-40b29a3427.pth",
+            )
+        ),
+    ),
+    2: (
+        _LRM2,
+        "/".join(
+            (
+                "set15",
+                "set15_alexnet_torchvision_imagenet1k_lrm_2back_2steps",
+                "84bdc4f4-1de0-4438-941b-43e574298694",
+                "set15_alexnet_torchvision_imagenet1k_lrm_2back_2steps"
+                "_final_weights-17b4229a30.pth",
+            )
+        ),
+    ),
+    3: (
+        _LRM3,
+        "/".join(
+            (
+                "set15",
+                "set15_alexnet_torchvision_imagenet1k_lrm_3back_2steps",
+                "28453e80-c5e5-4d76-bc81-99c5fade39ff",
+                "set15_alexnet_torchvision_imagenet1k_lrm_3back_2steps"
+                "_final_weights-63ab1b3b06.pth",
+            )
+        ),
+    ),
 }
 
 # %% ../nbs/30_lrm.ipynb #dab0b556

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Steer', 'one_hot', 'contrast', 'instance', 'Prototypes', 'prototype', 'overlay', 'side_by_side', 'triplets',
-           'a_prime', 'Search', 'search', 'composite_scores', 'composite_test']
+           'a_prime', 'Search', 'search', 'composite_scores', 'composite_test', 'TextPrior', 'text_embeddings',
+           'Denoiser', 'cosine_schedule', 'fit_ridge', 'fit_diffusion', 'sample_diffusion']
 
 # %% ../nbs/35_steering.ipynb #b4b8aff3
 import math
@@ -21,6 +22,10 @@ from .lrm import LRM
 from .text import Denoiser, TextPrior, cosine_schedule, fit_diffusion, fit_ridge
 from .text import sample_diffusion, text_embeddings
 from .training import batches, kept_modes, kept_random_state
+
+# %% ../nbs/35_steering.ipynb #7e97a110
+_all_ = ["TextPrior", "text_embeddings", "Denoiser", "cosine_schedule", "fit_ridge"]
+_all_ += ["fit_diffusion", "sample_diffusion"]
 
 # %% ../nbs/35_steering.ipynb #0de3b047
 def _gains(gain) -> tuple:
@@ -176,12 +181,11 @@ def prototype(
 ) -> Prototypes:
     """What a source says of each category on average."""
     device, sums = next(model.parameters()).device, {}
-    known = len(getattr(data, "classes", ())) if n_classes is None else n_classes
     with kept_random_state(device):  # reading data seeds the generators
         for _, _, (x, y) in batches(data, batch_size):
             a = instance(model, x.to(device), source, steps=steps)
             class_moments(sums, a, y)
-    classes = range(max(known, 1 + max(sums)))
+    classes = range(max(n_classes or len(getattr(data, "classes", ())), 1 + max(sums)))
     need_number(high=math.inf if n_classes is None else n_classes - 1, label=classes[-1])
     if missing := [c for c in classes if c not in sums]:
         raise ValueError(f"class {missing[0]} has no example to average; give one, or n_classes")
@@ -275,8 +279,7 @@ class Search(NamedTuple):
     def rates(self) -> dict:
         """Hit rate, false alarm rate and A′ of every pass, each a list of T+1 numbers."""
         h, f = self.hits.double().mean((0, 1)), self.false_alarms.double().mean(0)
-        a = a_prime(h, f)
-        return {"hits": h.tolist(), "false_alarms": f.tolist(), "a_prime": a.tolist()}
+        return {"hits": h.tolist(), "false_alarms": f.tolist(), "a_prime": a_prime(h, f).tolist()}
 
 
 def _looks(model: LRM, x, steers: list, steps: int | None):
@@ -319,8 +322,7 @@ def search(
         for rows in three.split(batch_size):
             shown = compose(x[rows[:, 0]], x[rows[:, 1]]).to(next(model.parameters()).device)
             asked = rows.T if by == "picture" else y[rows.T]  # first, second, absent
-            steers = [Steer(name, vectors[target], **how) for target in asked]
-            looks = _looks(model, shown, steers, steps)
+            looks = _looks(model, shown, [Steer(name, vectors[t], **how) for t in asked], steps)
             answers = [torch.stack([out.argmax(1) for out in look], 1).cpu() for look in looks]
             said.append(torch.stack(answers) == y[rows.T].cpu()[..., None])
     right = torch.cat(said, 1)

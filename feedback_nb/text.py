@@ -50,15 +50,7 @@ def text_embeddings(
 class Denoiser(nn.Module):
     """x̂₀ from (text, step, noisy prototype): a transformer over four tokens reads out the last."""
 
-    def __init__(
-        self,
-        text_dim: int,
-        out_dim: int,
-        depth: int = 6,
-        heads: int = 8,
-        head_dim: int = 64,
-        timesteps: int = 100,
-    ):
+    def __init__(self, text_dim, out_dim, depth=6, heads=8, head_dim=64, timesteps=100):
         super().__init__()
         width = heads * head_dim
         self.text, self.noisy = nn.Linear(text_dim, width), nn.Linear(out_dim, width)
@@ -69,13 +61,7 @@ class Denoiser(nn.Module):
         layer = nn.TransformerEncoderLayer(width, heads, 4 * width, **how)
         self.encoder = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
 
-    def forward(
-        self,
-        noisy,  # (B, out_dim)
-        t,  # (B,) diffusion step
-        text,  # (B, text_dim)
-        dropped=None,  # (B,) bool: where the text is withheld
-    ):  # (B, out_dim)
+    def forward(self, noisy, t, text, dropped=None):  # (B, out_dim), (B,), (B, text_dim), (B,) bool
         said = self.text(text)
         if dropped is not None:
             said = torch.where(dropped[:, None], self.nothing.to(said.dtype), said)
@@ -84,9 +70,7 @@ class Denoiser(nn.Module):
         return self.out(self.encoder(tokens)[:, -1])
 
 
-def cosine_schedule(
-    timesteps: int,
-) -> torch.Tensor:  # (timesteps,) share ᾱ_t of the signal's variance after t + 1 steps
+def cosine_schedule(timesteps: int) -> torch.Tensor:  # (timesteps,) ᾱ_t, what is left of the signal
     """The cosine noise schedule of Nichol and Dhariwal (2021)."""
     t = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
     f = torch.cos((t + 0.008) / 1.008 * math.pi / 2).square()
@@ -183,15 +167,7 @@ def fit_ridge(net: nn.Linear, text: torch.Tensor, target: torch.Tensor) -> list:
     return [float(found.alpha_)]
 
 
-def fit_diffusion(
-    prior: TextPrior,
-    text: torch.Tensor,  # (n, text_dim)
-    target: torch.Tensor,  # (n, out_dim), of mean 0 and scale 1
-    steps: int,
-    lr: float,
-    weight_decay: float,
-    seed: int,
-) -> list:  # loss of every step
+def fit_diffusion(prior, text, target, steps, lr, weight_decay, seed) -> list:  # a loss a step
     """Train the denoiser to give x₀ from x₀√ᾱ + ε√(1-ᾱ)."""
     optimizer = torch.optim.AdamW(prior.net.parameters(), lr=lr, weight_decay=weight_decay)
     generator, losses = torch.Generator(text.device).manual_seed(seed), []
@@ -213,12 +189,7 @@ def fit_diffusion(
 # %% ../nbs/38_text.ipynb #7e87ad05
 #| code-fold: true
 #| code-summary: "Sampling"
-def sample_diffusion(
-    prior: TextPrior,
-    text: torch.Tensor,  # (n, text_dim)
-    samples: int,  # for each text, at least 1
-    seed: int,
-) -> torch.Tensor:  # (n, out_dim), the mean of the samples
+def sample_diffusion(prior, text, samples, seed) -> torch.Tensor:  # (n, out_dim), their mean
     """Ancestral sampling (Ho and others, 2020), all samples of a text at once."""
     need_number(1, whole=True, samples=samples)
     generator, n = torch.Generator(text.device).manual_seed(seed), len(text)

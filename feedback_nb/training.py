@@ -226,8 +226,15 @@ def _filled(rows, other):
 
 def _to(device, batch):
     """The batch with its tensors on the device."""
-    move = lambda leaf: leaf.to(device, non_blocking=True)
-    return tree_map(lambda leaf: move(leaf) if torch.is_tensor(leaf) else leaf, batch)
+    def moved(leaf):
+        return leaf.to(device, non_blocking=True) if torch.is_tensor(leaf) else leaf
+
+    return tree_map(moved, batch)
+
+
+def _uncompiled(model):
+    """The model itself, where torch.compile has wrapped it: the wrapper is no FeedbackModel."""
+    return getattr(model, "_orig_mod", model)
 
 # %% ../nbs/03_training.ipynb #2c8581aa
 @contextlib.contextmanager
@@ -256,6 +263,7 @@ def evaluate(
     workers: int = 0,  # processes that read the data ahead
 ) -> dict:  # loss, accuracy, the metrics, n, and per_step: a dict of the same for each t = 0…T
     """Loss and accuracy of the answer, and of the output after every step of the same pass."""
+    model = _uncompiled(model)
     if steps is not None and not isinstance(model, FeedbackModel):
         raise ValueError(f"{type(model).__name__} is no FeedbackModel: leave steps={steps} out")
     metrics = metrics or {}
@@ -316,6 +324,7 @@ def recalibrate(
     seed: int = 0,  # of the order
 ) -> nn.Module:  # the same model
     """Estimate the running statistics of batch norm anew: means over all batches, dropout off."""
+    model = _uncompiled(model)
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     norms = [norm for norm in norms if norm.track_running_stats]
     momenta = [norm.momentum for norm in norms]
@@ -427,8 +436,8 @@ def _load_weights(model, path):
     for key in [*wanted, *stored]:
         have, want = stored.get(key, aliases.get(key)), wanted.get(key)
         if have != want:
-            say = lambda shape: f"of shape {shape}" if shape is not None else "missing"
-            why = f"is of another model ({key!r} is {say(have)} there, {say(want)} here)"
+            shapes = ["missing" if s is None else f"of shape {s}" for s in (have, want)]
+            why = "is of another model ({!r} is {} there, {} here)".format(key, *shapes)
             _refuse(path, why, "build the model as it was built then, or use another folder")
     load_model(model, path)
 
@@ -576,7 +585,7 @@ def _warn_of_single_process(environ):
     cpu = environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     if cpu and "MASTER_ADDR" in environ and not any(name in environ for name in counts):
         warnings.warn("accelerate launch --cpu started one process, others are left to mpirun: use "
-                      "`torchrun --nproc-per-node 2 script.py`, or --multi_gpu", stacklevel=5)
+                      "`torchrun --nproc-per-node 2 script.py`, or --multi_gpu", stacklevel=6)
 
 # %% ../nbs/03_training.ipynb #385e8397
 def _leave_process_group():
@@ -684,7 +693,8 @@ def _pair(data):
 # %% ../nbs/03_training.ipynb #89e891fb
 def _prepare(o, accelerator):
     """Everything a run needs, at its beginning."""
-    run = SimpleNamespace(accelerator=accelerator, options=o, model=o.model.to(accelerator.device))
+    model = _uncompiled(o.model).to(accelerator.device)
+    run = SimpleNamespace(accelerator=accelerator, options=o, model=model)
     run.folder = o.checkpoint and Path(o.checkpoint)
     run.train, run.valid = _pair(o.data)
     run.rank, run.world = accelerator.process_index, accelerator.num_processes
@@ -718,17 +728,17 @@ def _average(model, decay):
 
 def _runner(run):
     """What is called in training: the model, compiled or spread over processes where asked for."""
-    runner = run.model
+    runner = run.options.model  # where the user has compiled it, as it is
     if run.world > 1 and run.local:
         for tensor in [*runner.parameters(), *runner.buffers()]:
             torch.distributed.broadcast(tensor.data, 0)
     elif run.world > 1:
         ids = [run.accelerator.device] if run.accelerator.device.type == "cuda" else None
         # an adapter that no step reaches has no gradient: without the search DDP would stop there
-        search = isinstance(runner, FeedbackModel)
+        search = isinstance(run.model, FeedbackModel)
         runner = nn.parallel.DistributedDataParallel(
             runner, device_ids=ids, find_unused_parameters=search)
-    if how := run.options.compile:
+    if (how := run.options.compile) and run.options.model is run.model:
         runner = torch.compile(runner, **({"backend": how} if isinstance(how, str) else {}))
     return runner
 
@@ -786,6 +796,11 @@ def _gradients(run, x, y, share):
     return [*scores.tolist(), float(norm)]
 
 # %% ../nbs/03_training.ipynb #fe3a3c99
+def _some(numbers):
+    """The first eight of them, in words."""
+    return ", ".join(map(str, numbers[:8])) + " …" * (len(numbers) > 8)
+
+
 def _not_finite(run, indices, x, y, loss, norm, error=None):
     """The FloatingPointError for a step: which one, which examples, which module came first."""
     o = run.options
@@ -802,12 +817,11 @@ def _not_finite(run, indices, x, y, loss, norm, error=None):
         named = run.model.named_parameters()
         bad = [name for name, p in named if p.grad is not None and _bad(p.grad)]
         where = f"the gradient of parameter {bad[0]!r}" if bad else None
-    some = lambda numbers: ", ".join(map(str, numbers[:8])) + " …" * (len(numbers) > 8)
     if where == "the input" and indices:
         spoiled = (~x.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
-        where += f" of example{'s' * (len(spoiled) > 1)} {some([indices[i] for i in spoiled])}"
+        where += f" of example{'s' * (len(spoiled) > 1)} {_some([indices[i] for i in spoiled])}"
     run.optimizer.zero_grad()
-    which = f"examples {some(indices)}" if indices else "examples as the DataLoader drew them"
+    which = f"examples {_some(indices)}" if indices else "examples as the DataLoader drew them"
     what = f"the loss is {loss}"
     if math.isfinite(loss):
         what = f"the loss is {loss:.4g} but the norm of its gradient is {norm}"
@@ -927,11 +941,13 @@ def _save(run):
              "schedule": run.schedule and run.schedule.state_dict(),
              "scaler": run.accelerator.scaler and run.accelerator.scaler.state_dict(),
              "averaged": run.average and run.average.n_averaged}
+    text = json.dumps(about, indent=1)
     files = {"model.safetensors": lambda path: save_model(run.model, str(path)),
              "state.pt": lambda path: torch.save(state, path),
-             "run.json": lambda path: path.write_text(json.dumps(about, indent=1))}
+             "run.json": lambda path: path.write_text(text)}
     if run.average is not None:
-        files["ema.safetensors"] = lambda path: save_model(run.average.module, str(path))
+        average = run.average.module
+        files["ema.safetensors"] = lambda path: save_model(average, str(path))
     if run.accelerator.is_main_process:
         _write(run.folder, f"step-{run.step:09d}", files)
         if not run.saved:  # the first one: what cannot be read back should be known now
@@ -1048,20 +1064,21 @@ def _alone_in(folder):
 
 def _check_options(o):
     """ValueError for options that cannot mean anything."""
-    given = lambda value, default: default if value is None else value
+    def given(name):
+        return {} if getattr(o, name) is None else {name: getattr(o, name)}
+
     need_number(1, whole=True, epochs=o.epochs, accumulate=o.accumulate,
-                checkpoint_every=given(o.checkpoint_every, 1))
-    need_number(0, strict=True, clip=given(o.clip, 1.0))
-    need_number(0, 1, strict=True, ema=given(o.ema, 0.5), label_smoothing=o.label_smoothing or 0.5)
+                **given("checkpoint_every"))
+    need_number(0, strict=True, **given("clip"))
+    need_number(0, 1, strict=True, **given("ema"), label_smoothing=o.label_smoothing or 0.5)
     own_loss = o.loss is not F.cross_entropy
     if own_loss and o.label_smoothing:
         raise ValueError("label_smoothing is for the default loss: leave it out with your own")
-    if hasattr(o.model, "local_backward"):
+    if hasattr(_uncompiled(o.model), "local_backward"):
         wrong = {"loss": own_loss, "label_smoothing": o.label_smoothing, "compile": o.compile,
-                 "weights": o.weights != "mean", "precision": o.precision == "fp16"}
-        if names := [name for name, is_wrong in wrong.items() if is_wrong]:
-            raise ValueError("a model with local_backward has its own loss, and is neither "
-                             f"compiled nor in fp16: leave out {', '.join(names)}")
+                 "weights": o.weights != "mean", "precision='fp16'": o.precision == "fp16"}
+        if names := ", ".join(name for name, is_wrong in wrong.items() if is_wrong):
+            raise ValueError(f"a model with local_backward takes no {names}: leave it out")
 
 # %% ../nbs/03_training.ipynb #13496862
 def _guarded(run):

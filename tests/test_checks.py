@@ -178,9 +178,10 @@ LONG = "x" * 101
 
 @pytest.mark.parametrize("text, said", [
     ("x = 1\n" * 301, "301 code lines"),
-    ("raise ValueError('a')\nraise ValueError('b')\n", "2 raises, at most 25 per 1,000"),
+    ("raise ValueError('a')\n" * 6, "6 raises, at most 25 per 1,000"),
+    ("raise ValueError('a')\n" * 6 + "x = 1\n" * 194, "6 raises, at most 25 per 1,000"),
     (f"raise ValueError('{LONG}')", "1 error messages of more than 100"),
-    (f"raise ValueError(f'{LONG[:50]}' f'{{{{x}}}}' + '{LONG[:43]}')", "1 error messages of more"),
+    (f"raise ValueError(f'{LONG[:50]}' f'{{x}}' + '{LONG[:43]}')", "1 error messages of more"),
     (f"raise ValueError('{LONG[:20]}' + ('{LONG}' if x else ''))", "1 error messages of more"),
     ("def f():\n    'What it does.'", "1 docstrings that are not"),
     ("x: 'int'", "1 types in quotes"),
@@ -193,7 +194,8 @@ def test_the_budget_finds_what_is_too_much(project, text, said):
 
 @pytest.mark.parametrize("text", [
     "x = 1  # a comment\n\n# and one\n" * 300,
-    "def f():\n    raise ValueError('a')\n    raise\n",
+    "raise ValueError('a')\n" * 5 + "raise\n",
+    "raise ValueError('a')\n" * 6 + "x = 1\n" * 195,
     f"raise ValueError(f'{LONG[:84]}{{x}}{{y}}')",
     '"""What it does."""\ndef f(x: Literal["a"], y: list[int] | None = None) -> dict: pass',
 ])

@@ -6,6 +6,7 @@ import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,12 +17,15 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
+from feedback_nb.evaluation import biased_answer, class_moments, from_digits, margins, to_digits
 from feedback_nb.lrm import LRM, load_published
 from feedback_nb.steering import (
     Prototypes,
     Steer,
     TextPrior,
     a_prime,
+    composite_scores,
+    composite_test,
     contrast,
     cosine_schedule,
     instance,
@@ -642,3 +646,92 @@ def test_prototypes_keep_the_dtype_of_a_float64_model(x):
     found = prototype(small().double(), TensorDataset(x.double(), torch.arange(4)))
     assert found.mean.dtype == found.stderr.dtype == torch.float64
     assert prototype(small(), TensorDataset(x, torch.arange(4))).mean.dtype == torch.float32
+
+
+# hits above a biased answer ---------------------------------------------------------------------
+
+
+@settings(max_examples=20, deadline=None)
+@given(n=st.integers(1, 30), k=st.integers(1, 3), seed=st.integers(0, 999), largest=st.booleans())
+def test_a_biased_answer_is_what_adding_a_constant_to_a_logit_gives(n, k, seed, largest):
+    g = torch.Generator().manual_seed(seed)
+    logits = torch.randn(n, 6, generator=g, dtype=torch.float64)
+    targets = torch.rand(n, 6, generator=g).argsort(1)[:, : 2 + k]
+    margin = margins(logits, targets)
+
+    def said(b):
+        ask = lambda t: (logits + b * F.one_hot(t, 6).double()).argmax(1) == t
+        return torch.stack([ask(t) for t in targets.T], 1)
+
+    for alarms in range(n * k + 1):  # all biases between two neighbours give as many false alarms
+        low, high = [-50, *margin[:, 2:].flatten().sort().values, 50][alarms : alarms + 2]
+        inside = said(float(high) - 1e-11 if largest else float(low) + 1e-11)
+        assert int(inside[:, 2:].sum()) == alarms
+        hits = biased_answer(margin, alarms / (n * k), largest=largest)
+        assert hits == pytest.approx(float(inside[:, :2].float().mean()))
+
+
+def test_biased_answers_of_many_resamples_at_once():
+    margin, rate = np.random.default_rng(0).normal(size=(4, 7, 20, 3)), np.full((4, 7), 0.3)
+    together = biased_answer(margin, rate)
+    assert together.shape == (4, 7)
+    one = margin[2, 5]
+    assert together[2, 5] == biased_answer(one, 0.3) == biased_answer(torch.tensor(one), 0.3)
+    for rate, shown in ((1.1, 2), (float("nan"), 2), (0, 3), (0, 0)):
+        with pytest.raises(ValueError, match="rate|shown"):
+            biased_answer(one, rate, shown=shown)
+
+
+def test_digits_keep_what_each_triplet_answered():
+    hits, alarms = torch.rand(50, 2) < 0.5, torch.rand(50, 2) < 0.5
+    found = from_digits(to_digits(hits, alarms), looks=2)
+    for shares, answers in zip(found, (hits, alarms)):
+        assert shares.tolist() == answers.float().mean(1).tolist()
+
+
+@pytest.mark.parametrize("kind", ["tensors", "dataset", "loader"])
+def test_a_composite_test_is_its_searches_beside_the_plain_pass_with_a_bias(kind):
+    model = small(steps=1).train()
+    g = torch.Generator().manual_seed(4)
+    x, y = 3 * torch.randn(15, 3, 12, 12, generator=g), torch.arange(15) % 5
+    pairs = TensorDataset(x, y)
+    data = {"tensors": (x, y), "dataset": pairs, "loader": DataLoader(pairs, 4)}[kind]
+    by_class, by_picture = (6 * torch.randn(n, 5, generator=g) for n in (5, 15))
+    vectors = {"classes": by_class, "pictures": (by_picture, "picture")}
+    state = torch.get_rng_state()
+    table = composite_test(model, data, vectors, gains=(1, 3), per_pair=2, seed=5, batch_size=6)
+    assert model.training and torch.equal(torch.get_rng_state(), state)
+    three = triplets(y, 2, seed=5)
+    shown = overlay(x[three[:, 0]], x[three[:, 1]])
+    with torch.no_grad():
+        margin = margins(model.eval()(shown, steps=0), y[three])
+    for (name, gain), row in table.iterrows():
+        v, by = (vectors[name], "class") if name == "classes" else vectors[name]
+        found = search(model, x, y, three, v, by=by, gain=gain)
+        hits, alarms = (float(said.double().mean()) for said in found.last())
+        assert row["hits"] == pytest.approx(hits) and row["false_alarms"] == pytest.approx(alarms)
+        assert row["above_biased"] == pytest.approx(hits - biased_answer(margin, alarms))
+        assert row["low"] <= row["above_biased"] <= row["high"]
+        assert row["a_prime"] == pytest.approx(a_prime(hits, alarms))
+
+
+def test_scores_over_several_networks_are_means_over_them():
+    g = np.random.default_rng(0)
+    h, f = g.integers(0, 3, (3, 40)) / 2, g.integers(0, 2, (3, 40))
+    m = g.normal(size=(3, 40, 3))
+    together, each = composite_scores(h, f, m), [composite_scores(*parts) for parts in zip(h, f, m)]
+    for name in ("hits", "false_alarms", "a_prime", "above_biased"):
+        assert together[name] == pytest.approx(np.mean([row[name] for row in each]))
+
+
+@settings(max_examples=15, deadline=None)
+@given(batch=st.integers(1, 50), seed=st.integers(0, 99), offset=st.sampled_from([0.0, 1e6]))
+def test_class_moments_do_not_depend_on_the_batches(batch, seed, offset):
+    g, sums = torch.Generator().manual_seed(seed), {}
+    a, y = offset + torch.randn(50, 2, 3, generator=g, dtype=torch.float64), torch.arange(50) % 3
+    for part, labels in zip(a.split(batch), y.split(batch)):
+        class_moments(sums, part, labels)
+    for c, (n, mean, squares) in sums.items():
+        assert n == int((y == c).sum())
+        assert_close(mean, a[y == c].mean(0), rtol=1e-12, atol=1e-12)
+        assert_close(squares / (n - 1), a[y == c].var(0), rtol=1e-7, atol=1e-12)
