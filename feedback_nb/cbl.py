@@ -262,13 +262,9 @@ class CBL(FeedbackModel):
         check_reach(self.replay, example)
         self.alpha_raw = nn.Parameter(torch.tensor(_check_alpha(alpha)), requires_grad=learn_alpha)
         self.context = Context(self.replay.shape[1], context_dim) if context is None else context
-        self.adapters = Named(
-            {
-                site.layer: _make_adapter(adapter, site, context_dim, flow)
-                for (_, k), site in self.sites.items()
-                if k == 0
-            }
-        )
+        self.adapters = Named({})
+        for name, site in {site.layer: site for site in self.sites.values()}.items():
+            self.adapters[name] = _make_adapter(adapter, site, context_dim, flow)
         self.to(self.replay.device)
         self.context.to(self.replay.dtype), self.adapters.to(self.replay.dtype)
 

@@ -119,7 +119,7 @@ class _PassNorm:
         if name is None or not (t or again):
             return self.inner(x) if self.inner else type(layer).forward(layer, x)
         sets = statistics.of(name, t)
-        mean, var, count = [b.clone() for b in sets] if again else sets  # what ran twice counts once
+        mean, var, count = [b.clone() for b in sets] if again else sets  # run twice, count once
         if type(layer).forward is not _BatchNorm.forward:
             twin = copy.copy(layer)
             twin.__dict__["_buffers"] = dict(zip(PassStatistics.KINDS, (mean, var, count)))

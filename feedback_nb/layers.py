@@ -72,7 +72,7 @@ def find_layers(
 def _listed(names):
     return [names] if isinstance(names, str) else list(names)
 
-# %% ../nbs/95_layers.ipynb #0c627373
+# %% ../nbs/95_layers.ipynb #53a5f019
 class Named(nn.ModuleDict):
     """A ModuleDict that takes layer names with their dots."""
 
@@ -81,6 +81,9 @@ class Named(nn.ModuleDict):
 
     def __getitem__(self, name):
         return super().__getitem__(name.replace(".", "/"))
+
+    def __setitem__(self, name, module):
+        super().__setitem__(name.replace(".", "/"), module)
 
     def __contains__(self, name):
         return super().__contains__(name.replace(".", "/"))

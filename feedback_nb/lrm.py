@@ -209,28 +209,27 @@ class LRM(FeedbackModel):
             raise ValueError(f"{known}; got {motif!r} and {mode!r}")
         given = suggest_connections(backbone, example) if connections is None else connections
         pairs = _pairs(given)
-        names, heard = list(dict.fromkeys(sum(pairs, ()))), [pair.source for pair in pairs]
-        modulated = {pair.destination for pair in pairs}
+        heard, modulated = ([pair[i] for pair in pairs] for i in (0, 1))
         edited = lambda sites: [s for s in sites if s.layer in modulated]
         self.backbone, self.motif, self.mode = backbone, motif, mode
-        self.replay = Replay(
-            backbone, names, example, edited=edited, kept=heard, channel_dims=channel_dims
-        )
+        names, options = dict.fromkeys(heard + modulated), {"channel_dims": channel_dims}
+        self.replay = Replay(backbone, names, example, edited=edited, kept=heard, **options)
         sites = {site.layer: site for site in self.replay.sites.values()}
         _check_shapes(pairs, sites)
         check_reach(self.replay, example, heard)
-        order = [site.layer for site in self.replay.sites.values()]  # one entry for each call
+        # in the order of the network: a layer stands where its last call ends
+        order = [site.layer for site in self.replay.sites.values()]
         last = {name: i for i, name in enumerate(order)}
         rank = lambda p: (last[p.destination], last[p.source], p)
         self.connections = sorted(pairs, key=rank)
         self.sources = {name: sites[name] for name in sorted({*heard}, key=last.get)}
+        # published sources that end before their destination begins are heard in the same pass
         early = {pair for pair in pairs if last[pair.source] < order.index(pair.destination)}
-        self.at_once = early if motif == "published" else set()  # heard in the pass they fire in
-        told = {
-            d: {c.source: sites[c.source] for c in self.connections if c.destination == d}
-            for d in dict.fromkeys(pair.destination for pair in self.connections)
-        }
-        self.modulations = Named({d: Modulation(sites[d], s, motif, mode) for d, s in told.items()})
+        self.at_once = early if motif == "published" else set()
+        self.modulations = Named({})
+        for d in dict.fromkeys(pair.destination for pair in self.connections):
+            told = {s: sites[s] for s, other in self.connections if other == d}
+            self.modulations[d] = Modulation(sites[d], told, motif, mode)
         self.modulations.to(self.replay.device, self.replay.dtype)
 
     def start(self, x, *, states=False, steer=None) -> State:
@@ -308,42 +307,19 @@ RELEASED = "https://s3.us-east-1.wasabisys.com/visionlab-projects/dnn_feedback_d
 _LRM1 = [("classifier.6", "features.8"), ("features.9", "features.0")]
 _LRM2 = [*_LRM1, ("classifier.6", "features.10"), ("features.12", "features.3")]
 _LRM3 = [*_LRM2, ("classifier.2", "features.6")]
+
+
+def _file(run, folder, checksum):
+    return f"{run[:5]}/{run}/{folder}/{run}_final_weights-{checksum}.pth"
+
+
+_1BACK = "set14_alexnet_lrm_cls6to8_9to0_2steps_stepwise"
+_2BACK = "set15_alexnet_torchvision_imagenet1k_lrm_2back_2steps"
+_3BACK = "set15_alexnet_torchvision_imagenet1k_lrm_3back_2steps"
 ALEXNET = {  # level: (connections in torchvision's names, file of the weights under `RELEASED`)
-    1: (
-        _LRM1,
-        "/".join(
-            (
-                "set14",
-                "set14_alexnet_lrm_cls6to8_9to0_2steps_stepwise",
-                "df5a9767-1046-4d0f-9f82-649c0e5c7881",
-                "set14_alexnet_lrm_cls6to8_9to0_2steps_stepwise_final_weights-40b29a3427.pth",
-            )
-        ),
-    ),
-    2: (
-        _LRM2,
-        "/".join(
-            (
-                "set15",
-                "set15_alexnet_torchvision_imagenet1k_lrm_2back_2steps",
-                "84bdc4f4-1de0-4438-941b-43e574298694",
-                "set15_alexnet_torchvision_imagenet1k_lrm_2back_2steps"
-                "_final_weights-17b4229a30.pth",
-            )
-        ),
-    ),
-    3: (
-        _LRM3,
-        "/".join(
-            (
-                "set15",
-                "set15_alexnet_torchvision_imagenet1k_lrm_3back_2steps",
-                "28453e80-c5e5-4d76-bc81-99c5fade39ff",
-                "set15_alexnet_torchvision_imagenet1k_lrm_3back_2steps"
-                "_final_weights-63ab1b3b06.pth",
-            )
-        ),
-    ),
+    1: (_LRM1, _file(_1BACK, "df5a9767-1046-4d0f-9f82-649c0e5c7881", "40b29a3427")),
+    2: (_LRM2, _file(_2BACK, "84bdc4f4-1de0-4438-941b-43e574298694", "17b4229a30")),
+    3: (_LRM3, _file(_3BACK, "28453e80-c5e5-4d76-bc81-99c5fade39ff", "63ab1b3b06")),
 }
 
 # %% ../nbs/30_lrm.ipynb #dab0b556

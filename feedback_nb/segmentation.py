@@ -16,7 +16,7 @@ from .checks import need_known, need_number
 from .feedback import FeedbackModel
 from .training import batches, kept_modes, kept_random_state
 
-# %% ../nbs/24_segmentation.ipynb #88c3318c
+# %% ../nbs/24_segmentation.ipynb #9b2ae981
 def check_masks(
     target: torch.Tensor,  # (B, H, W) int64
     n_classes: int,
@@ -32,8 +32,8 @@ def check_masks(
     if low < 0 or high >= n_classes:
         i, *place = ((target < 0) | (target >= n_classes)).nonzero()[0].tolist()
         label, there = int(target[(i, *place)]), f"0…{n_classes - 1}"
-        raise ValueError(f"label {label} in mask {i} at {tuple(place)} is no class, there are "
-                         f"{there}; map it (of 0 and 255: mask > 127)")
+        raise ValueError(f"label {label} in mask {i} at {tuple(place)} is no class of {there}; "
+                         "masks of 0 and 255: mask > 127")
 
 # %% ../nbs/24_segmentation.ipynb #0cd020d3
 def class_weights(

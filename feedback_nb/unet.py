@@ -13,6 +13,7 @@ __all__ = ['NORMS', 'Padded', 'UNet', 'ExponentialDecay', 'FeedbackLoop', 'Feedb
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -241,12 +242,11 @@ class FeedbackLoop(FeedbackModel):
         u, v = state.h["u"], state.h["v"]
         clock = t - max([0, *(r for r in restart if r <= t)])
         with torch.set_grad_enabled(torch.is_grad_enabled() and t >= first), self.passing(t):
+            run = self._changes
             if self.backprop == "recompute" and torch.is_grad_enabled():
-                again = lambda: (nullcontext(), self.passing(t, again=True))
-                options = {"use_reentrant": False, "context_fn": again}
-                d, change = checkpoint(self._changes, x, v, clock, **options)
-            else:
-                d, change = self._changes(x, v, clock)
+                twice = nullcontext(), self.passing(t, again=True)
+                run = partial(checkpoint, run, use_reentrant=False, context_fn=lambda: twice)
+            d, change = run(x, v, clock)
             u, v = u + d[:, : self.state], v + d[:, self.state :]
         change = {"u": change[:, : self.state], "v": change[:, self.state :]}
         return State({"u": u, "v": v}, self.head(u), change=change)

@@ -1,9 +1,10 @@
-"""Makes the offline book: executes every notebook that changed, then writes one HTML page for each into _book/.
+"""Makes the offline book: executes notebooks that changed, writes an HTML page for each to _book/.
 
     python scripts/book.py [--root DIR] [--jobs N]
 
-Notebooks in nbs/ are read, never written. Executed copies go to _book/notebooks/ by a rename at the very end, each with the key of everything it
-was made from, so an interrupted run leaves nothing that a later run would trust.
+Notebooks in nbs/ are read, never written. Executed copies go to _book/notebooks/ by a rename at the
+very end, each with the key of everything it was made from, so an interrupted run leaves nothing
+that a later run would trust.
 """
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ NEEDS = {"gpu": "a GPU", "fulldata": "a full data set", "slow": "more time than 
 # ---------------------------------------------------------------- what there is
 
 def imported(package: Path, text: str, tree: ast.AST | None = None) -> set[str]:
-    """Names of the modules of `package` that this code imports directly; all of them when that cannot be told."""
+    """Names of the modules of `package` that this code imports directly, by tree or text."""
     modules = {p.stem for p in package.glob("*.py")}
     if tree is not None:
         names = set()
@@ -54,7 +55,7 @@ def imported(package: Path, text: str, tree: ast.AST | None = None) -> set[str]:
 
 
 def key_of(root: Path, notebook: Path, environment: str) -> str:
-    """Hash of all that decides a notebook's outputs: its cells, the modules behind it, samples, recorded results, versions."""
+    """Hash of what decides a notebook's outputs: cells, modules, samples, records, versions."""
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     code = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
     digest = hashlib.sha256(
@@ -97,7 +98,7 @@ def checksum(cells: list) -> str:
 
 
 def kept(source: Path, copy: Path, key: str) -> dict | None:
-    """What is known of an executed copy, if it is whole and was made from the same code; the text around the code is brought up to date."""
+    """What is known of an executed copy if whole and of the same code; its text is renewed."""
     try:
         notebook = json.loads(copy.read_text(encoding="utf-8"))
         book = notebook["metadata"]["book"]
@@ -114,10 +115,10 @@ def kept(source: Path, copy: Path, key: str) -> dict | None:
     return book
 
 
-# ---------------------------------------------------------------- executing one notebook (its own process)
+# ---------------------------------------------------------------- one notebook (its own process)
 
 def execute(root: Path, source: Path, copy: Path, key: str) -> None:
-    """Run `source` in a fresh kernel of this very Python and put the result at `copy`, whole or not at all."""
+    """Run `source` in a fresh kernel of this Python and put the result at `copy`, or nothing."""
     import nbformat
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
@@ -132,7 +133,7 @@ def execute(root: Path, source: Path, copy: Path, key: str) -> None:
             cell.metadata["tags"] = ["not-run"]
             cell.metadata["recorded"] = [NEEDS.get(f, f) for f in flags if f != "eval"]
     with tempfile.TemporaryDirectory() as folder:
-        # nothing of the user's own set-up takes part: no start-up files, no kernel of the same name from elsewhere
+        # nothing of the user's own set-up takes part: no start-up files, no kernel from elsewhere
         os.environ["IPYTHONDIR"] = os.environ["JUPYTER_RUNTIME_DIR"] = folder
         manager = AsyncKernelManager(kernel_name="python3",
                                      connection_file=str(Path(folder) / "k.json"))
@@ -140,7 +141,7 @@ def execute(root: Path, source: Path, copy: Path, key: str) -> None:
                                                 "{connection_file}"], display_name="Python",
                                           language="python")
         if os.name == "posix":
-            manager.transport = "ipc"  # two kernels that start together can then not pick the same port
+            manager.transport = "ipc"  # two kernels that start together then share no port
         client = NotebookClient(
             notebook, km=manager, timeout=1200, skip_cells_with_tag="not-run", record_timing=False,
             resources={"metadata": {"path": str(root / "nbs")}},
@@ -198,7 +199,7 @@ def in_turn(jobs: int) -> Iterator[ThreadPoolExecutor]:
 
 def run_all(root: Path, paths: list[Path], out: Path, jobs: int,
             env: dict[str, str]) -> dict[str, dict]:
-    """Execute what changed, `jobs` at a time, with a line for each notebook; returns name -> what is known of its copy."""
+    """Execute what changed, `jobs` at a time -> {name: what is known of its copy}."""
     environment = sys.version + "\n".join(sorted(f"{d.metadata['Name']}=={d.version}"
                                                  for d in distributions()
                                                  if d.metadata["Name"] != settings(
@@ -220,8 +221,9 @@ def run_all(root: Path, paths: list[Path], out: Path, jobs: int,
             cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
             recorded = sum(1 for c in cells if [f for f in skipped(root, c) if f != "eval"])
             took = "kept" if same else f"{book['seconds']:.1f} s" if book else "-"
-            print(
-                f"  {path.stem:<28}{sum(c['cell_type'] == 'code' for c in cells):>4} cells {took:>9}" + (f"   {recorded} recorded" if recorded else ""), flush=True)
+            count = sum(c["cell_type"] == "code" for c in cells)
+            more = f"   {recorded} recorded" if recorded else ""
+            print(f"  {path.stem:<28}{count:>4} cells {took:>9}{more}", flush=True)
             if book is None:
                 book = {
                     "failed": {"cell": 0,
@@ -312,8 +314,9 @@ def main() -> int:
     if data := os.environ.get("FEEDBACK_NB_DATA"):
         env["FEEDBACK_NB_DATA"] = os.environ["FEEDBACK_NB_DATA"] = os.path.abspath(
             data)  # kernels run in nbs/
-    print(
-        f"Executing {len(paths)} notebooks, {args.jobs} at a time; cells flagged {settings(root).get('tst_flags', '')} keep their recorded outputs.", flush=True)
+    flags = settings(root).get("tst_flags", "")
+    print(f"Executing {len(paths)} notebooks, {args.jobs} at a time; "
+          f"cells flagged {flags} keep their recorded outputs.", flush=True)
     (out / "notebooks").mkdir(parents=True, exist_ok=True)
     for stale in (out / "notebooks").glob("*.ipynb"):
         if not (root / "nbs" / stale.name).is_file():
@@ -324,8 +327,10 @@ def main() -> int:
         print(f"    FAULT in {fault}")
     broken = [stem for stem, book in state.items() if book["failed"]]
     minutes, seconds = divmod(round(time.perf_counter() - start), 60)
-    print(
-        f"The book is at {os.path.relpath(out / 'index.html', Path.cwd())}, made in {minutes} min {seconds} s." + (f" Did not run to the end: {', '.join(broken)}." if broken else ""))
+    place, more = os.path.relpath(out / "index.html", Path.cwd()), ""
+    if broken:
+        more = f" Did not run to the end: {', '.join(broken)}."
+    print(f"The book is at {place}, made in {minutes} min {seconds} s." + more)
     return 1 if broken or faults else 0
 
 

@@ -1,4 +1,4 @@
-"""Takes the figure that the README shows out of chapter 10, so that it is what that chapter's code drew.
+"""Takes the figure that the README shows out of chapter 10, as that chapter's code drew it.
 
     python scripts/cover.py
 """

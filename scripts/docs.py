@@ -20,8 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 def main() -> int:
     quarto = shutil.which("quarto")
     if not quarto and "--only-process" not in sys.argv:
-        print(
-            "make docs needs Quarto, which is not on the PATH: install it from https://quarto.org/docs/get-started/ and run make docs again (make book needs nothing more).")
+        print("make docs needs Quarto, which is not on the PATH: install it from "
+              "https://quarto.org/docs/get-started/ and run make docs again "
+              "(make book needs nothing more).")
         return 1
     refresh_quarto_yml()
     nbdev.serve.FilterDefaults = ShowSource

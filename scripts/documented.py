@@ -1,4 +1,4 @@
-"""nbdev's processing of a notebook for reading, as this book wants it: the published site and the offline book share it."""
+"""nbdev's processing of a notebook for reading: the site and the offline book share it."""
 from __future__ import annotations
 
 import ast
@@ -11,8 +11,8 @@ from nbdev.processors import FilterDefaults, exec_show_docs
 class Documented(exec_show_docs):
     """Runs what is exported, and of other cells the imports alone, before anything is documented.
 
-    nbdev runs them as it goes, and whole: a figure's cell would be drawn for its import, and a type that is defined further down, or imported under
-    TYPE_CHECKING, could not be looked up.
+    nbdev runs them as it goes, and whole: a figure's cell would be drawn for its import, and a type
+    that is defined further down, or imported under TYPE_CHECKING, could not be looked up.
     """
 
     def begin(self):
@@ -61,5 +61,5 @@ class ShowSource(FilterDefaults):
 
 
 def show_source(source: str) -> str:
-    """A cell flagged `export` is flagged `exports`: nbdev then prints its code below the documentation table."""
+    """A cell flagged `export` is flagged `exports`: nbdev then prints its code below its table."""
     return re.sub(r"^(\s*#\s*\|\s*)export(?=\s|$)", r"\1exports", source, flags=re.M)

@@ -35,7 +35,7 @@ def pack(path: Path, files: dict[str, bytes]):
 
 
 def nuclei(root: Path, out: Path):
-    """45 + 15 pairs, bytes unchanged: of each split and kind those whose name has the smallest sha256."""
+    """45 + 15 pairs, bytes unchanged: of each split and kind those with the smallest sha256."""
     rows = list(
         csv.DictReader((root / "nuclei" / "index.csv").read_text(encoding="utf-8").splitlines()))
     files = {}
@@ -49,7 +49,7 @@ def nuclei(root: Path, out: Path):
 
 
 def digits(root: Path, out: Path):
-    """One clip of each word by each speaker, bytes unchanged; four speakers are train, two are test."""
+    """One clip of each word by each speaker, bytes unchanged; four are train, two are test."""
     words = "zero one two three four five six seven eight nine".split()
     speakers = "george jackson lucas nicolas theo yweweler".split()
     test = {(w, s) for i, w in enumerate(words) for j, s in enumerate(speakers) if (j - i) % 3 == 0}
@@ -67,9 +67,8 @@ def digits(root: Path, out: Path):
 
 
 def main():
-    root = Path(os.environ.get("FEEDBACK_NB_DATA")
-                or sys.exit(
-                    "set FEEDBACK_NB_DATA to the folder that has FashionMNIST, nuclei and SpeechCommands.tar.gz"))
+    needs = "the folder that has FashionMNIST, nuclei and SpeechCommands.tar.gz"
+    root = Path(os.environ.get("FEEDBACK_NB_DATA") or sys.exit(f"set FEEDBACK_NB_DATA to {needs}"))
     out = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(
         __file__).resolve().parent.parent / "nbs" / "samples"
     out.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,8 @@
 """From an executed notebook to an HTML page that needs no network: nbdev's processing, then pandoc.
 
-nbdev hides what is to be hidden and documents what is exported, exactly as on the published site. The rest is here: figures with captions and numbers,
-references to them, formulas as MathML, links between the chapters, and the frame of the page.
+nbdev hides what is to be hidden and documents what is exported, exactly as on the published site.
+The rest is here: figures with captions and numbers, references to them, formulas as MathML, links
+between the chapters, and the frame of the page.
 """
 from __future__ import annotations
 
@@ -21,14 +22,15 @@ from urllib.parse import unquote
 import yaml
 from project import notebooks, settings
 
-PANDOC = "markdown+lists_without_preceding_blankline+autolink_bare_uris-implicit_figures-fancy_lists-example_lists-citations"
+PANDOC = ("markdown+lists_without_preceding_blankline+autolink_bare_uris-implicit_figures"
+          "-fancy_lists-example_lists-citations")
 KINDS = {"fig": "Figure", "tbl": "Table", "eq": "Equation", "sec": "Section"}
 
 
 # ---------------------------------------------------------------- the chapters
 
 def contents(root: Path) -> list[dict]:
-    """Each chapter's number, title and one sentence, from its first cell; page names are those of the published site."""
+    """Each chapter's number, title and one sentence, from its first cell; pages as on the site."""
     from nbdev.frontmatter import _fm2dict, _md2dict
 
     chapters = []
@@ -49,7 +51,7 @@ def contents(root: Path) -> list[dict]:
 
 
 def processed(root: Path, notebook: Path, path: Path):
-    """The executed `notebook`, processed by nbdev as if it lay at `path`: hidden cells gone, exported code shown with its table."""
+    """The executed `notebook`, processed by nbdev as if it lay at `path`."""
     from documented import ShowSource
     from execnb.nbio import read_nb
 
@@ -77,7 +79,8 @@ class Page:
 
     def number(self, label: str) -> str:
         kind = label.split("-")[0]
-        self.numbers[label] = f"{KINDS.get(kind, kind)} {1 + sum(1 for known in self.numbers if known.startswith(kind + '-'))}"
+        before = sum(known.startswith(kind + "-") for known in self.numbers)
+        self.numbers[label] = f"{KINDS.get(kind, kind)} {1 + before}"
         return self.numbers[label]
 
     def image(self, target: str) -> str:
@@ -153,12 +156,14 @@ class Page:
         if options.get("echo", True) is not False and source.strip():
             out += fence(source, "python")
             if options.get("code-fold") in (True, "true"):
-                out = self.raw(
-                    f"<details><summary>{html.escape(str(options.get('code-summary', 'Code')))}</summary>") + out + self.raw("</details>")
+                summary = html.escape(str(options.get("code-summary", "Code")))
+                start = self.raw(f"<details><summary>{summary}</summary>")
+                out = start + out + self.raw("</details>")
         if cell.metadata.get("recorded"):
             what = " and ".join(cell.metadata.recorded)
-            out += self.raw(
-                f'<p class="recorded">{"Recorded output" if cell.get("outputs") else "No output"}: this cell needs {html.escape(what)} and was not run when this page was made.</p>')
+            kind = "Recorded output" if cell.get("outputs") else "No output"
+            out += self.raw(f'<p class="recorded">{kind}: this cell needs {html.escape(what)} '
+                            'and was not run when this page was made.</p>')
         return out if options.get("output") is False else out + self.outputs(cell, options)
 
     def outputs(self, cell: dict, options: dict) -> str:
@@ -202,7 +207,7 @@ def joined(text: str | list[str]) -> str:
 
 
 def plain(text: str) -> str:
-    """Terminal text without its colours, and with only the last state of each line that was overwritten."""
+    """Terminal text without colours, with the last state of each line that was overwritten."""
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
     return "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n")).rstrip()
 
@@ -232,7 +237,7 @@ def split(source: str) -> tuple[dict, str]:
 
 
 def picture_of(kind: str, data: str, alt: str, output: dict) -> str:
-    """An <img> of the size the notebook shows it in; SVG goes in as an image too, so that its ids cannot clash."""
+    """An <img> of the size the notebook shows it in; SVG is an image too, so that no ids clash."""
     size = (output.get("metadata") or {}).get(kind) or {}
     width = f' width="{size["width"]}"' if isinstance(size, dict) and "width" in size else ""
     if kind == "image/svg+xml":
@@ -258,7 +263,7 @@ def pandoc(markdown: str, faults: list[str]) -> str:
 
 
 def references(page: Page, text: str) -> str:
-    """`@fig-name` becomes a link that says Figure 3; code and what has been set aside stay as they are."""
+    """`@fig-name` becomes a link that says Figure 3; code and what was set aside stay."""
     def link(match: re.Match) -> str:
         label = match[1].rstrip("-")
         if label not in page.numbers:
@@ -273,7 +278,7 @@ def references(page: Page, text: str) -> str:
 
 
 def relink(root: Path, chapters: list[dict], soup, faults: list[str]) -> None:
-    """Links to notebooks and to the published site lead to this book's pages; links to files of the project lead there."""
+    """Links to notebooks and to the site lead to this book; links to files lead to the project."""
     cfg = settings(root)
     site = cfg["doc_host"].rstrip("/") + "/" + cfg["doc_baseurl"].strip("/") + "/"
     pages = {c["notebook"]: c["page"] for c in chapters}
@@ -282,7 +287,7 @@ def relink(root: Path, chapters: list[dict], soup, faults: list[str]) -> None:
         target, _, anchor = a["href"].partition("#")
         anchor = "#" + anchor if anchor else ""
         if target.startswith(site) and (target.removeprefix(site) or "index.html") in names:
-            # nbdev links every name it knows; what is private has no entry, and a method is documented with its class
+            # nbdev links every name it knows; private ones have no entry, methods their class's
             name = anchor.removeprefix("#").split(".")
             if name[0].startswith("_"):
                 a.unwrap()
@@ -364,12 +369,14 @@ def frame(root: Path, chapters: list[dict], chapter: dict, body: str, headings: 
     if at is not None and at + 1 < len(row):
         turn.append(
             f'<a rel="next" href="{row[at + 1]["page"]}">{html.escape(row[at + 1]["title"])} →</a>')
-    name = settings(root)["title"] if "%" not in settings(
-        root)["title"] else settings(root)["lib_name"]
-    source = f'<p>Executed notebook: <a href="notebooks/{chapter["notebook"]}">{chapter["notebook"]}</a></p>' if chapter["notebook"] else ""
+    cfg = settings(root)
+    name = cfg["title"] if "%" not in cfg["title"] else cfg["lib_name"]
+    title = chapter["title"] if chapter is index else f"{chapter['title']} – {name}"
+    file, source = chapter["notebook"], ""
+    if file:
+        source = f'<p>Executed notebook: <a href="notebooks/{file}">{file}</a></p>'
     return FRAME.substitute(
-        key=key,
-        title=html.escape(chapter["title"] if chapter is index else f"{chapter['title']} – {name}"),
+        key=key, title=html.escape(title),
         description=html.escape(chapter["description"]),
         css=Path(__file__).with_name("book.css").read_text(encoding="utf-8"),
         book=html.escape(name), chapters="\n".join(entries),
@@ -413,14 +420,15 @@ def make(root: Path, stem: str, out: Path, key: str) -> tuple[tuple[str, str], l
     if copy.is_file():
         failed = json.loads(copy.read_text(encoding="utf-8"))["metadata"]["book"]["failed"]
     else:
-        copy, failed = path, {"cell": 0,
-                              "error": ["NotExecuted",
-                                        "the notebook could not be executed; what follows was recorded by its authors"]}
+        why = "the notebook could not be executed; what follows was recorded by its authors"
+        copy, failed = path, {"cell": 0, "error": ["NotExecuted", why]}
     if failed:
-        banner = f'<p class="failed" role="alert">This chapter did not run to the end: cell {failed["cell"]} raised {html.escape(failed["error"][0])}: {html.escape(failed["error"][1])}</p>'
+        kind, why = map(html.escape, failed["error"])
+        banner = ('<p class="failed" role="alert">This chapter did not run to the end: '
+                  f'cell {failed["cell"]} raised {kind}: {why}</p>')
     try:
         nb = processed(root, copy, path)
-    except Exception as error:  # what is exported could not be imported: show the notebook without its tables
+    except Exception as error:  # what is exported cannot be imported: show it without its tables
         from execnb.nbio import read_nb
 
         if not failed:
@@ -438,7 +446,7 @@ def make(root: Path, stem: str, out: Path, key: str) -> tuple[tuple[str, str], l
     for table in soup.find_all("table"):
         for part in table.find_all("colgroup") + [head for head in table.find_all("thead")
                                                   if not head.get_text(strip=True)]:
-            part.decompose()  # pandoc's widths come from the dashes of the source; a browser knows better
+            part.decompose()  # pandoc's widths come from the dashes of the source
         table.attrs.pop("style", None)
         table.wrap(soup.new_tag("div", attrs={"class": "scroll"}))
     for math in soup.find_all("math", display="block"):

@@ -23,7 +23,7 @@ def from_root(match: re.Match) -> str:
 
 
 def plain_cells(notebook) -> None:
-    """What nbdev does for the site: the first cell's settings go, hidden cells go, directives go."""
+    """As nbdev does for the site: the first cell's settings, hidden cells and directives go."""
     shown = []
     for i, cell in enumerate(notebook.cells):
         source = cell.source
@@ -47,8 +47,9 @@ def plain_cells(notebook) -> None:
             cell.source = "\n".join(line for line in lines if line not in flags).strip()
             for output in cell.outputs:
                 if any(kind.startswith("image/") for kind in output.get("data", {})):
-                    raise ValueError(
-                        f"nbs/index.ipynb cell {i + 1} shows an image: README.md needs a file; save it in nbs/images and show it with ![what it shows](images/name.png)")
+                    where = f"nbs/index.ipynb cell {i + 1} shows an image"
+                    remedy = "README.md needs a file; use ![what it shows](images/name.png)"
+                    raise ValueError(f"{where}: {remedy}")
             if names.get("echo") == "false":
                 cell.source = ""
         shown.append(cell)

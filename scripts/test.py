@@ -17,9 +17,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def one(path: Path) -> tuple[Path, int, str, float]:
-    """nbdev_test re-uses its workers, so what one notebook leaves behind would reach the next: hence one process for each."""
+    """A process for each notebook: nbdev_test re-uses its workers with what they leave."""
     start = time.perf_counter()
-    code = "import sys; from nbdev.test import nbdev_test; nbdev_test.__wrapped__(path=sys.argv[1], n_workers=0)"
+    code = ("import sys; from nbdev.test import nbdev_test; "
+            "nbdev_test.__wrapped__(path=sys.argv[1], n_workers=0)")
     done = subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, capture_output=True,
                           text=True)
     return path, done.returncode, done.stdout + done.stderr, time.perf_counter() - start
@@ -41,8 +42,10 @@ def main() -> int:
                 failed.append(path.name)
                 print("".join(f"    | {line}\n" for line in said.strip().splitlines()), end="",
                       flush=True)
-    print(
-        f"Notebooks: {len(paths) - len(failed)} passed, {len(failed)} failed in {time.perf_counter() - start:.0f} s." + (f" Failed: {', '.join(failed)}." if failed else ""), flush=True)
+    passed, seconds = len(paths) - len(failed), time.perf_counter() - start
+    more = f" Failed: {', '.join(failed)}." if failed else ""
+    counts = f"{passed} passed, {len(failed)} failed"
+    print(f"Notebooks: {counts} in {seconds:.0f} s.{more}", flush=True)
     del os.environ["TQDM_DISABLE"]  # a test looks at the progress bar
     tests = subprocess.run([sys.executable, "-m", "pytest", "-q", "-n", str(jobs), *sys.argv[1:]],
                            cwd=ROOT)

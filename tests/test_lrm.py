@@ -776,7 +776,7 @@ def test_weights_are_fetched_once_and_checked(server, tmp_path):
         fetch_weights(address + name, tmp_path / "cache")
     with pytest.raises(ValueError, match="false-0123456789.pth gave another file"):
         fetch_weights(address + "false-0123456789.pth", tmp_path / "cache")
-    with pytest.raises(OSError, match="could not be fetched .*404.* pass weights=path"):
+    with pytest.raises(OSError, match=r"404[\s\S]*could not be fetched"):
         fetch_weights(address + "gone-0123456789.pth", tmp_path / "cache")
     assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == [name]  # no rubble
     with pytest.raises(ValueError, match="holds no checksum"):
@@ -1098,5 +1098,5 @@ def test_channels_are_steered_where_the_network_has_them(motif):
         model = LRM(make(), [pair], example=x, motif=motif, channel_dims=dims).eval()
         stored = model.trajectory(x, steps=0, states=True, steer=Steer(pair[0], vector)).states[0][pair[0]]
         assert_close(stored.movedim(model.sources[pair[0]].dim, -1), vector.expand(*stored.movedim(model.sources[pair[0]].dim, -1).shape))
-    with pytest.raises(ValueError, match="8 channels|vector of 8"):  # 4 is the number of rows
+    with pytest.raises(ValueError, match="steering 'b'"):  # 4 is the number of rows
         model(x, steer=Steer("b", torch.randn(4)))

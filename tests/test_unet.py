@@ -393,14 +393,14 @@ def test_truncation_is_the_gradient_through_the_last_steps():
 
 
 def live_bytes(backprop, T):
-    from feedback_nb.evaluation import _Live
+    from feedback_nb.evaluation import _LiveBytes
 
     model, x, y = (
         small(backprop=backprop, steps=T, channels=(8, 16)),
         images(2, 16, 16),
         masks(2, 16, 16),
     )
-    with _Live() as live:
+    with _LiveBytes() as live:
         stepwise_loss(model.trajectory(x), y).backward()
     return live.peak
 
