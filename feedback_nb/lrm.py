@@ -316,11 +316,23 @@ def _file(run, folder, checksum):
 _1BACK = "set14_alexnet_lrm_cls6to8_9to0_2steps_stepwise"
 _2BACK = "set15_alexnet_torchvision_imagenet1k_lrm_2back_2steps"
 _3BACK = "set15_alexnet_torchvision_imagenet1k_lrm_3back_2steps"
-ALEXNET = {  # level: (connections in torchvision's names, file of the weights under `RELEASED`)
-    1: (_LRM1, _file(_1BACK, "df5a9767-1046-4d0f-9f82-649c0e5c7881", "40b29a3427")),
-    2: (_LRM2, _file(_2BACK, "84bdc4f4-1de0-4438-941b-43e574298694", "17b4229a30")),
-    3: (_LRM3, _file(_3BACK, "28453e80-c5e5-4d76-bc81-99c5fade39ff", "63ab1b3b06")),
-}
+
+
+def _released(number, name, run, checksum):
+    folder = f"set{number}/set{number}_alexnet_{name}"
+    return f"{folder}/{run}/set{number}_alexnet_{name}_final_weights-{checksum}.pth"
+
+
+_FILES = (
+    ("14", "lrm_cls6to8_9to0_2steps_stepwise", "df5a9767-1046-4d0f-9f82-649c0e5c7881", "40b29a3427"),
+    ("15", "torchvision_imagenet1k_lrm_2back_2steps", "84bdc4f4-1de0-4438-941b-43e574298694",
+     "17b4229a30"),
+    ("15", "torchvision_imagenet1k_lrm_3back_2steps", "28453e80-c5e5-4d76-bc81-99c5fade39ff",
+     "63ab1b3b06"),
+)
+_LEVELS = zip((_LRM1, _LRM2, _LRM3), _FILES)
+# level: (connections in torchvision's names, file of the weights under `RELEASED`)
+ALEXNET = {i: (pairs, _released(*file)) for i, (pairs, file) in enumerate(_LEVELS, 1)}
 
 # %% ../nbs/30_lrm.ipynb #dab0b556
 def alexnet_lrm(
