@@ -71,7 +71,7 @@ def conv_norm_bound(
     kernel = kernel.permute(0, 1, 2, *phases, *places).flatten(2, 2 + d)
     grid = [max(1, samples * (t - 1)) for t in taps]
     symbol = torch.fft.rfftn(kernel, s=grid, dim=[*range(3, 3 + d)]).movedim((1, 2), (-2, -1))
-    # Between two frequencies of the grid the norm can be this much larger, and not more.
+    # The largest norm anywhere is at most this much larger than the largest one on the grid.
     between = math.prod(math.cos(math.pi * (t - 1) / (2 * m)) for t, m in zip(taps, grid))
     return _norm(symbol) / between
 
@@ -80,10 +80,16 @@ _SLOPES = {"Identity": 1.0, "Flatten": 1.0, "Dropout": 1.0, "ReLU": 1.0, "Tanh":
            "Sigmoid": 0.25, "GELU": 1.13, "SiLU": 1.1}  # in eval mode, rounded up
 
 
+def _hooked(layer: nn.Module) -> bool:
+    """Does a call of this layer run more, or something else, than the forward of its class?"""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
+
+
 def _layer_bound(name: str, layer: nn.Module, x: Tensor) -> float:
     """Upper bound on the Lipschitz constant of one layer for inputs like `x`, in eval mode."""
     kind = next(k for k in type(layer).__mro__ if k.__module__.startswith("torch.nn.modules."))
-    stem = re.sub(r"[123]d$", "", kind.__name__) if type(layer).forward is kind.forward else ""
+    known = type(layer).forward is kind.forward and not _hooked(layer)
+    stem = re.sub(r"[123]d$", "", kind.__name__) if known else ""
     if stem in _SLOPES:
         return _SLOPES[stem]
     if stem in ("Conv", "ConvTranspose"):
@@ -98,7 +104,8 @@ def _layer_bound(name: str, layer: nn.Module, x: Tensor) -> float:
         each = [[v] * (x.dim() - 2) if isinstance(v, int) else v
                 for v in (layer.kernel_size, layer.stride, layer.dilation)]
         return math.sqrt(math.prod(-(-k * math.gcd(s, m) // s) for k, s, m in zip(*each)))
-    raise ValueError(f"lipschitz_upper knows no bound for layer {name!r}, {type(layer).__name__}.")
+    what = type(layer).__name__ + " with hooks" * _hooked(layer)
+    raise ValueError(f"lipschitz_upper knows no bound for layer {name!r}, {what}.")
 
 
 @torch.no_grad()
@@ -110,7 +117,7 @@ def lipschitz_upper(
 
     It holds between any two inputs, so below 1 it certifies a contraction; it is loose, the more so
     with each layer. Linear layers, batch norm and average pooling are exact, convolutions come from
-    `conv_norm_bound`. A layer that it does not know is refused by name.
+    `conv_norm_bound`. A layer that it does not know, or that has hooks, is refused by name.
     """
     if any(m.training for m in net.modules()):
         raise ValueError("lipschitz_upper measures a network in eval mode: call net.eval() first.")
@@ -119,7 +126,7 @@ def lipschitz_upper(
     todo = [("", copy.deepcopy(net).double())]
     while todo:
         name, layer = todo.pop()
-        if type(layer).forward is nn.Sequential.forward:
+        if type(layer).forward is nn.Sequential.forward and not _hooked(layer):
             todo += [(f"{name}.{k}".strip("."), m) for k, m in reversed(layer._modules.items())]
         else:
             bound, x = bound * _layer_bound(name, layer, x), layer(x)

@@ -324,7 +324,7 @@ class FeedbackModel(_Passes):
         x,  # the input, (B, …)
         *,
         steps: int | None = None,  # T for this call; None: the model's own
-        tol: float | bool | None = None,  # for this call; None: the model's own, False: none
+        tol: float | bool | None = None,  # in eval mode; None: the model's own, False: none
         states: bool = False,  # keep the hidden states of every t in `.states`
         **context,  # as for `states`
     ) -> Trajectory:  # outputs of t = 0…T, fewer when all examples have settled

@@ -215,8 +215,9 @@ def iterate(
     row. With "picard" the next state is `f(h_t)`, damped, and autograd sees every step. With
     "anderson" it is the best one measured so far (the last is measured too, by one evaluation more,
     unless all examples have halted), and there is no graph: use `fixed_point` for gradients.
-    A relative residual never falls on the way to the fixed point 0: shift the origin,
-    `iterate(lambda s: f(s - 1) + 1, h0 + 1)`. And it falls where a state only grows: `h + 1`.
+    Where `f` is a contraction to the fixed point 0, a relative residual never falls below `1 - q`:
+    shift the origin, `iterate(lambda s: f(s - 1) + 1, h0 + 1)`. And it falls where a state only
+    grows: `h + 1`.
     Raises ValueError and FloatingPointError; warns `NotConverged`.
     """
     _check("keep", keep, keep in ("all", "last"), "'all' or 'last'")
@@ -337,8 +338,8 @@ def lipschitz(
 
     Per example, by Lanczos' method. Above 1 it refutes a contraction. Below 1 it certifies nothing:
     it belongs to one `h`, and it grows towards that singular value from below. Once it has settled
-    (else it warns `NotConverged`) the value is at most 1 % (or `tol`) larger, with a probability of
-    0.999 over the random starts. What certifies is in chapter 09
+    (else it warns `NotConverged`) the singular value is at most 1 % (or `tol`) larger than the
+    result, with a probability of 0.999 over the random starts. What certifies is in chapter 09
     (`lipschitz_upper`). Examples must not influence each other in `f`; where they do, say
     `batched=False`. `f` is called once and differentiated twice, which PyTorch's fast attention is
     not made for: `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`. FloatingPointError where the

@@ -285,7 +285,7 @@ class SmallAlexNet(nn.Module):
 
 # %% ../nbs/06_networks.ipynb #6e5c6a5c
 def match_parameters(
-    make: Callable,  # from a whole number, a width, to a network
+    make: Callable,  # from a whole number, a width, to a network; it must grow, or no search ends
     target: nn.Module | int,  # the network to match, or its number of parameters
     start: int = 1,  # the first width tried
 ) -> nn.Module:  # make(start), make(start + 1), …: the first one with at least as many
@@ -310,7 +310,7 @@ def multiply_adds(
 
 # %% ../nbs/06_networks.ipynb #482d304e
 def match_compute(
-    make: Callable,  # from a whole number, a width, to a network
+    make: Callable,  # from a whole number, a width, to a network; it must grow, or no search ends
     target: nn.Module,  # the network to match
     example,  # an input that both take
     start: int = 1,  # the first width tried
@@ -329,21 +329,21 @@ def match_compute(
 def _states(net, example, pairs=True):
     """{name: layer} of the layers that run once and return a state; the layer of the output."""
     calls, output = trace_calls(net, example)
-    times, batch = Counter(call.name for call in calls), len(tree_leaves(output)[0])
+    times, answer = Counter(call.name for call in calls), tree_leaves(output)[0]
     found, last = {}, None
     for name, _, got, _ in calls:
         got = got[0] if pairs and isinstance(got, (tuple, list)) and len(got) else got
         tensor = torch.is_tensor(got) and got.is_floating_point() and got.dim() > 1
         layer = net.get_submodule(name)
-        if not tensor or len(got) != batch or not getattr(layer, "batch_first", True):
+        if not tensor or len(got) != len(answer) or not getattr(layer, "batch_first", True):
             continue
-        if got is output:
+        if got is answer:
             last = last or name  # the innermost of those that return it
         elif times[name] == 1:
             found[name], shape = layer, got.shape
     if last is None and found:
         last = next(reversed(found))
-        if shape == getattr(output, "shape", None):
+        if shape == answer.shape:
             del found[last]  # only a softmax follows: these are the logits
     return found, last
 

@@ -208,3 +208,20 @@ def test_a_layer_that_is_not_known_is_refused_by_name(layer, kind):
 def test_a_network_that_is_being_trained_is_refused():
     with pytest.raises(ValueError, match="eval"):
         lipschitz_upper(nn.Sequential(nn.Linear(4, 4), nn.Dropout()), (4,))
+
+
+def test_hooks_are_no_part_of_a_bound():
+    def plain():
+        return nn.Linear(3, 3)
+
+    hooked, early, replaced = plain(), plain(), plain()
+    hooked.register_forward_hook(lambda layer, args, output: 10 * output)
+    early.register_forward_pre_hook(lambda layer, args: (10 * args[0],))
+    replaced.forward = lambda x: 10 * x
+    box, other = nn.Sequential(plain()), nn.Sequential(plain())
+    other.forward = lambda x: 10 * x
+    box.register_forward_hook(lambda layer, args, output: 10 * output)
+    for layer in (hooked, early, replaced, box, other):
+        what = f"layer '0', {type(layer).__name__} with hooks"
+        with pytest.raises(ValueError, match=what):
+            lipschitz_upper(nn.Sequential(layer).eval(), (3,))

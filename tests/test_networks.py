@@ -189,6 +189,16 @@ def test_equal_compute():
     assert wider.fc1[0].in_features == 8 * 6  # never below start
 
 
+def test_an_answer_in_a_dictionary_is_the_output():
+    class Named(nn.Sequential):
+        def forward(self, x):
+            return {"logits": super().forward(x)}
+
+    column, x = [nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)], torch.zeros(2, 4)
+    assert default_layers(Named(*column), x) == default_layers(nn.Sequential(*column), x)
+    assert suggest_connections(Named(*column), x) == suggest_connections(nn.Sequential(*column), x)
+
+
 def test_multiply_adds_by_hand():
     net = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Flatten(), nn.Linear(3 * 16, 5)).train()
     x = torch.zeros(2, 2, 4, 4)
