@@ -197,6 +197,10 @@ class PassStatistics(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *rest):
         if not any(key.startswith(prefix) for key in state_dict):
             return  # of the plain network: its statistics went to all passes by `restart`
+        given = {key: key.rpartition("@")[2].split("/")[0] for key in state_dict if "@" in key}
+        for key, t in given.items():  # trained with more passes: the last sets have no use here
+            if key.startswith(prefix) and t.isdigit() and int(t) > self.passes:
+                del state_dict[key]
         for key in self._buffers:  # trained with fewer passes: its last set serves the others
             t, (name, place) = int(key.rpartition("@")[2].split("/")[0]), key.rsplit("@", 1)
             before = f"{prefix}{name}@{t - 1}/{place.split('/')[1]}"

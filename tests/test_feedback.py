@@ -277,6 +277,9 @@ def test_old_state_dicts_plain_state_dicts_and_other_numbers_of_passes_load():
     longer.load_state_dict(model.state_dict())
     for t, wanted in {1: 1, 2: 2, 3: 2, 4: 2}.items():
         assert torch.equal(longer.statistics.of("net/stage3/1", t)[0], model.statistics.of("net/stage3/1", wanted)[0])
+    shorter = normed(steps=1)
+    shorter.load_state_dict(longer.state_dict())
+    assert torch.equal(shorter.statistics.of("net/stage3/1", 1)[0], model.statistics.of("net/stage3/1", 1)[0])
 
 
 def test_statistics_of_copies_pickles_threads_and_compiled_models():
