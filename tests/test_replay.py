@@ -615,3 +615,16 @@ def test_another_number_of_classes_is_told():
     model.net.fc2 = nn.Linear(model.net.fc2.in_features, 7)
     with pytest.raises(ValueError, match=r"logits \(3, 7\).*10 classes"):
         model(x)
+
+
+def test_later_passes_follow_a_network_trained_alone_after_restart():
+    torch.manual_seed(0)
+    x = torch.rand(8, 1, 12, 12) + 2
+    model = CBL(cnn(1, 10, width=4), example=x, steps=2, alpha=0.0)
+    model.net.train()(x)
+    model.eval()
+    for p in model.adapters.parameters():
+        nn.init.zeros_(p)  # gates of exactly 1: every pass is the plain one
+    model.statistics.restart()
+    outputs = model.trajectory(x).outputs
+    assert_close(outputs[2], outputs[0])
