@@ -201,6 +201,9 @@ class Context(nn.Module):
         self,
         y,  # logits (B, C) or (B, C, …)
     ):  # (B, context_dim)
+        if y.shape[1] != self.linear.in_features:
+            found = f"logits {tuple(y.shape)}, and g was made for {self.linear.in_features} classes"
+            raise ValueError(f"the network returned {found}; wrap it again, or give `context`")
         return torch.tanh(self.linear(y.flatten(2).mean(2) if y.dim() > 2 else y))
 
 # %% ../nbs/10_cbl.ipynb #21d4c64f
@@ -258,7 +261,7 @@ class CBL(FeedbackModel):
         self.replay = Replay(net, layers, example, edited=edited, channel_dims=channel_dims)
         self.sites = self.replay.sites
         if not isinstance(self.replay.shape, torch.Size) or len(self.replay.shape) < 2:
-            raise ValueError(f"CBL needs logits (B, C, …), {type(net).__name__} returns no such")
+            raise ValueError(f"CBL needs logits (B, C, …), {type(net).__name__} returns others")
         check_reach(self.replay, example)
         self.alpha_raw = nn.Parameter(torch.tensor(_check_alpha(alpha)), requires_grad=learn_alpha)
         self.context = Context(self.replay.shape[1], context_dim) if context is None else context

@@ -61,6 +61,8 @@ def find_layers(
     """Look named layers up; `ValueError` with the layers that could be meant."""
     names, layers = _listed(names), dict(net.named_modules(remove_duplicate=False))
     for i, name in enumerate(names):
+        if not isinstance(name, str):
+            raise ValueError(f"layers are given by their names, got {type(name).__name__}")
         if name in names[:i]:
             raise ValueError(f"layer {name!r} is named twice; name each layer once")
         if name not in layers or not name:
@@ -239,6 +241,8 @@ def trace_calls(
     example,  # an input as the network takes it, (B, …); a tuple or dict of several
 ) -> tuple[list[Call], Any]:  # the calls in the order in which they finish, the network's output
     """Run an example once, in eval mode without gradients, and list every call of every layer."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("build the model outside inference_mode; it runs inside as well")
     calls, versions, counts, owners, written, handles = [], [], {}, {}, set(), []
 
     def after(name):

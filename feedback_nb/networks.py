@@ -333,6 +333,9 @@ def _states(net, example, pairs=True):
     found, last = {}, None
     for name, _, got, _ in calls:
         got = got[0] if pairs and isinstance(got, (tuple, list)) and len(got) else got
+        if torch.is_tensor(got) and got.is_nested:
+            remedy = "build the encoder with enable_nested_tensor=False"
+            raise ValueError(f"layer {name!r} returns a nested tensor; {remedy}")
         tensor = torch.is_tensor(got) and got.is_floating_point() and got.dim() > 1
         layer = net.get_submodule(name)
         if not tensor or len(got) != len(answer) or not getattr(layer, "batch_first", True):

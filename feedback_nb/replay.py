@@ -131,6 +131,9 @@ def _twice_as_large(net, names, example):
 def _channel_dims(net, layers, calls, example, given):
     """{layer: where its channels are}"""
     ran = {call.name: state_of(call.output).shape for call in calls if call.name in layers}
+    for name, d in given.items():
+        if d not in range(1 - (n := len(ran.get(name, ()))), n) or not d:
+            raise ValueError(f"channel_dims={{{name!r}: {d}}}: no such layer or dimension")
     conv, last = (nn.Conv1d, nn.ConvTranspose1d, nn.BatchNorm1d), (nn.Linear, nn.LayerNorm)
     dims = {name: given[name] % len(shape) if name in given else 1 for name, shape in ran.items()}
     for name, shape in ran.items():
@@ -211,14 +214,16 @@ class Replay:
         kept: list[str] | None = None,  # layers whose outputs the caller keeps; None: all
         channel_dims: dict[str, int] | None = None,  # {layer: where its channels are}
     ):
-        names = list(names)
+        names = [names] if isinstance(names, str) else list(names)
         for prefix, module in net.named_modules():
-            inside = [name for name in names if not prefix or name.startswith(prefix + ".")]
+            inside = [name for name in names if not prefix or str(name).startswith(prefix + ".")]
             if isinstance(getattr(module, "replay", None), Replay) and inside:
                 raise ValueError(f"{type(module).__name__} is wrapped; wrap the network in it")
         self.net, self.example_shape = net, told(example)
         self.sites, calls, output = plan_sites(net, names, example, channel_dims)
         order, self.edited = list(self.sites), edited(list(self.sites.values()))
+        if not self.edited:
+            raise ValueError("no layer to change; name at least one")
         self.kept = set(names if kept is None else kept)
         first = next(call for call in order if self.sites[call] in self.edited)
         self.reused = {first}  # calls, and layers with all their calls
@@ -286,8 +291,14 @@ class Replay:
         return output
 
     def _refuse_silence(self, net, name):
-        layer = dict(net.named_modules(remove_duplicate=False)).get(name)
-        replaced = layer is None or not self.splice.serves(layer)
+        if name not in (known := list(dict.fromkeys(site.layer for site in self.sites.values()))):
+            raise ValueError(f"a function for {name!r}, which is none of {known}")
+        layers = dict(net.named_modules(remove_duplicate=False))
+        replaced = name not in layers or not self.splice.serves(layers[name])
+        above = [layers.get(name.rsplit(".", i)[0]) for i in range(1, name.count(".") + 1)]
+        if not replaced and any(isinstance(m, nn.TransformerEncoderLayer) for m in above):
+            remedy = "call torch.backends.mha.set_fastpath_enabled(False)"
+            raise ValueError(f"torch's fast path skips layer {name!r}; {remedy}")
         why = "was replaced after wrapping" if replaced else "did not run for this input"
         raise ValueError(f"layer {name!r} {why}; wrap the network again, with an example like it")
 
@@ -356,9 +367,9 @@ class Unrolled(nn.Module):
 
     def __init__(self, model, net, steps):
         super().__init__()
-        self.wrapped_model, self.steps = model, steps
-        self.layers = [name for name, _ in net.named_modules() if name]
-        for name in self.layers:
+        self.wrapped_model, self._steps, self.training = model, steps, model.training
+        self._names = [name for name, _ in net.named_modules() if name]
+        for name in self._names:
             *path, last = name.split(".")
             parent = self
             for part in path:
@@ -376,9 +387,9 @@ class Unrolled(nn.Module):
 
             return function
 
-        with edit(_wrapped(model), {name: send(name) for name in self.layers}):
+        with edit(_wrapped(model), {name: send(name) for name in self._names}):
             states = model.states(x, whole=False, **context)
-            for now[0] in range(self.steps + 1):
+            for now[0] in range(self._steps + 1):
                 state = next(states)
         return state.y
 

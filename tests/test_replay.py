@@ -542,3 +542,89 @@ def test_unrolled_view_serves_captum():
             view(x)[:, 1].sum(), dict(view.named_parameters()).values(), allow_unused=True
         )
         assert any(g is not None for g in by_hand)
+
+
+class InTheEncoder(nn.Module):
+    """Torch runs this encoder layer in one piece where nobody wants gradients."""
+
+    def __init__(self, nested=False):
+        super().__init__()
+        block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+        self.encoder = nn.TransformerEncoder(block, 2, enable_nested_tensor=nested)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.encoder(x, src_key_padding_mask=x[..., 0] == 0)[:, 0])
+
+
+def test_the_fast_path_of_an_encoder_layer_is_named():
+    x = torch.randn(3, 5, 8)
+    model = CBL(InTheEncoder(), ["encoder.layers.0.linear1"], example=x).eval()
+    expected = model(x).detach()
+    with torch.no_grad(), pytest.raises(ValueError, match="linear1.*set_fastpath_enabled"):
+        model(x)
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad():
+            assert_close(model(x), expected)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+def test_default_layers_refuse_nested_tensors_with_the_remedy():
+    x = torch.randn(3, 5, 8)
+    x[0, 3:] = 0
+    with pytest.raises(ValueError, match="nested tensor.*enable_nested_tensor=False"):
+        CBL(InTheEncoder(nested=True), example=x)
+
+
+def test_an_unrolled_view_may_hold_layers_called_layers_and_steps():
+    torch.manual_seed(0)
+    net = nn.Sequential()
+    for name in ("layers", "steps", "out"):
+        net.add_module(name, nn.Linear(4, 4))
+    x, seen = torch.randn(2, 4), []
+    model = CBL(net, ["layers", "steps"], example=x, steps=1).eval()
+    view = unrolled_view(model)
+    view.get_submodule("steps@1").register_forward_hook(lambda m, args, out: seen.append(out))
+    assert torch.equal(view(x), model(x)) and len(seen) == 1 and not view.training
+
+
+def test_what_a_user_may_write_wrongly_is_told():
+    x = torch.rand(3, 1, 12, 12)
+    net = cnn(1, 10, width=4).eval()
+    for dims in ({"stge1": 3}, {"stage1": 7}, {"stage1": 0}, {"stage1": -4}):
+        with pytest.raises(ValueError, match="channel_dims=.*no such layer or dimension"):
+            CBL(net, ["stage1"], example=x, channel_dims=dims)
+    assert CBL(net, ["stage1"], example=x, channel_dims={"stage1": -3}).sites["stage1", 0].dim == 1
+    with pytest.raises(ValueError, match="given by their names, got Sequential"):
+        CBL(net, [net.stage1], example=x)
+    with pytest.raises(ValueError, match="at least one"):
+        Replay(net, [], x)
+    replay = Replay(net, "stage1", x)
+    with pytest.raises(ValueError, match="'stage2'.*none of"):
+        replay(x, {}, {"stage2": lambda o: 0 * o})
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="outside inference_mode"):
+        CBL(net, ["stage1"], example=x)
+
+
+def test_another_number_of_classes_is_told():
+    x = torch.rand(3, 1, 12, 12)
+    model = CBL(cnn(1, 10, width=4), example=x)
+    model.net.fc2 = nn.Linear(model.net.fc2.in_features, 7)
+    with pytest.raises(ValueError, match=r"logits \(3, 7\).*10 classes"):
+        model(x)
+
+
+def test_later_passes_follow_a_network_trained_alone_after_restart():
+    torch.manual_seed(0)
+    x = torch.rand(8, 1, 12, 12) + 2
+    model = CBL(cnn(1, 10, width=4), example=x, steps=2, alpha=0.0)
+    model.net.train()(x)
+    model.eval()
+    for p in model.adapters.parameters():
+        nn.init.zeros_(p)  # gates of exactly 1: every pass is the plain one
+    model.statistics.restart()
+    outputs = model.trajectory(x).outputs
+    assert_close(outputs[2], outputs[0])
