@@ -1,4 +1,4 @@
-"""Chapter 25: energies that fall, closed forms, local gradients, their relation to backpropagation."""
+"""Chapters 25 and 26: energies that fall, closed forms, local gradients, backpropagation."""
 import copy
 import pickle
 import warnings
@@ -15,13 +15,13 @@ from torch.utils.data import TensorDataset
 from feedback_nb.predictive import (
     PCClassifier,
     PCNet,
-    PCUNet,
     SparsePrior,
     StepTooLarge,
     half_square,
     incremental_step,
     shuffled_decoders,
 )
+from feedback_nb.predictive_unet import PCUNet
 from feedback_nb.training import fit
 
 WIDE = torch.float64
