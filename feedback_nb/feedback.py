@@ -8,6 +8,8 @@ __all__ = ['State', 'PassStatistics', 'record', 'FeedbackModel', 'find_non_finit
            'trace_calls']
 
 # %% ../nbs/01_feedback.ipynb #16f828f3
+#| code-fold: true
+#| code-summary: "Imports of the module"
 import copy
 import math
 import operator
