@@ -284,14 +284,25 @@ class SmallAlexNet(nn.Module):
         return self.out(self.relu6(self.fc6(self.grid(x).flatten(1))))  # (B, classes)
 
 # %% ../nbs/06_networks.ipynb #6e5c6a5c
+def _refuse_still(sizes, size):
+    """Note a size that is too small; a `make` that ignores its width would never end the search."""
+    sizes.append(size)
+    if len(sizes) > 64 and len(set(sizes[-64:])) == 1:
+        raise ValueError(f"make gives size {size} for 64 widths in a row; it must use its width")
+
+
 def match_parameters(
-    make: Callable,  # from a whole number, a width, to a network; it must grow, or no search ends
+    make: Callable,  # from a whole number, a width, to a network that grows with it
     target: nn.Module | int,  # the network to match, or its number of parameters
     start: int = 1,  # the first width tried
 ) -> nn.Module:  # make(start), make(start + 1), …: the first one with at least as many
     """The narrowest network with at least as many parameters as `target`."""
     goal = count_parameters(target) if isinstance(target, nn.Module) else target
-    return next(net for net in map(make, itertools.count(start)) if count_parameters(net) >= goal)
+    sizes = []
+    for net in map(make, itertools.count(start)):
+        if count_parameters(net) >= goal:
+            return net
+        _refuse_still(sizes, count_parameters(net))
 
 # %% ../nbs/06_networks.ipynb #571eb56d
 @torch.no_grad()
@@ -310,18 +321,19 @@ def multiply_adds(
 
 # %% ../nbs/06_networks.ipynb #482d304e
 def match_compute(
-    make: Callable,  # from a whole number, a width, to a network; it must grow, or no search ends
+    make: Callable,  # from a whole number, a width, to a network that grows with it
     target: nn.Module,  # the network to match
     example,  # an input that both take
     start: int = 1,  # the first width tried
 ) -> nn.Module:  # the one whose multiply-adds are nearest to those of `target`
     """The network of the width at which it costs as much as `target`."""
-    goal, costs = multiply_adds(target, example), {}
+    goal, costs, sizes = multiply_adds(target, example), {}, []
     for width in itertools.count(start):
         with torch.device("meta"):
             costs[width] = multiply_adds(make(width), example)
         if costs[width] >= goal:
             return make(min(costs, key=lambda width: abs(costs[width] - goal)))
+        _refuse_still(sizes, costs[width])
 
 # %% ../nbs/06_networks.ipynb #1ae7a2fb
 #| code-fold: true

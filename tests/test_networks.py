@@ -245,3 +245,11 @@ def test_any_classifier_of_torchvision(monkeypatch):
     assert torchvision_net("vit_b_16", 5, image_size=32).image_size == 32
     with pytest.raises(ValueError, match="image_size 100.*96"):
         torchvision_net("vit_b_16", image_size=100)
+
+
+def test_a_make_that_ignores_its_width_is_refused():
+    still = lambda width: torch.nn.Linear(4, 2)
+    with pytest.raises(ValueError, match="width"):
+        match_parameters(still, 1000)
+    with pytest.raises(ValueError, match="width"):
+        match_compute(still, torch.nn.Linear(4, 200), torch.zeros(1, 4))
