@@ -175,10 +175,11 @@ class PassStatistics(nn.Module):
         """A set per pass for every batch norm that keeps statistics."""
         for path, layer in net.named_modules(prefix=name):
             if isinstance(layer, _NormBase) and layer.running_mean is not None:
-                name = path.replace(".", "/")
-                self.layers[name], _stand_in(layer).names[self.token] = layer, name
-                layer.register_load_state_dict_post_hook(self.restart)
-        self.restart()
+                key = path.replace(".", "/")
+                if self.layers.get(key) is not layer:  # what is known and trained stays as it is
+                    self.layers[key], _stand_in(layer).names[self.token] = layer, key
+                    layer.register_load_state_dict_post_hook(self.restart)
+                    self.restart(layer)
 
     def restart(self, *loaded):
         """Every pass begins with the layers' own statistics (of the layer that was loaded)."""

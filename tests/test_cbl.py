@@ -3,7 +3,6 @@
 import copy
 import io
 import pickle
-import threading
 
 import pytest
 import torch
@@ -240,27 +239,6 @@ def test_compiles_without_a_graph_break(flow):
     model.eval()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     assert_close(compiled(x), model(x))
-
-
-@every
-def test_two_threads_share_a_model(flow):
-    _, model, _ = build("cnn", flow)
-    model.eval()
-    inputs = [torch.randn(n, 3, 16, 16, generator=torch.Generator().manual_seed(n)) for n in (1, 2, 3, 4)]
-    with torch.no_grad():
-        expected, got = [model(x) for x in inputs], {}
-
-        def work(i):
-            with torch.no_grad():
-                got[i] = [model(inputs[i]) for _ in range(5)]
-
-        threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-        [thread.start() for thread in threads]
-        [thread.join() for thread in threads]
-    for i, answers in got.items():
-        for answer in answers:
-            assert_close(answer, expected[i])
-    assert len(got) == 4
 
 
 @every

@@ -337,3 +337,14 @@ def test_another_kind_of_norm_and_recomputed_steps_count_once():
     assert int(full.body[2].num_batches_tracked) == 1 == int(full.statistics.of("body/2", 2)[2])
     for p, q in zip(full.parameters(), again.parameters(), strict=True):
         assert p.grad is None and q.grad is None or torch.equal(p.grad, q.grad)
+
+
+def test_a_module_assigned_later_leaves_the_trained_statistics_alone():
+    model, x = normed().train(), photos()
+    model(x)
+    before = {name: value.clone() for name, value in model.statistics.state_dict().items()}
+    model.context = copy.deepcopy(model.context)
+    model.extra = nn.Sequential(nn.BatchNorm1d(3))
+    model.net = model.net
+    assert all(torch.equal(model.statistics.state_dict()[name], value) for name, value in before.items())
+    assert "extra/0" in model.statistics.layers

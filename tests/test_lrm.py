@@ -544,26 +544,6 @@ def test_compiles_without_a_graph_break(kind, motif):
     assert_close(compiled(x), model(x))
 
 
-@every
-def test_two_threads_share_a_model(motif):
-    _, model, _ = build("tiny", motif)
-    inputs = [torch.randn(n, 3, 32, 32, generator=torch.Generator().manual_seed(n)) for n in (1, 2, 3, 4)]
-    with torch.no_grad():
-        expected, got = [model(x) for x in inputs], {}
-
-        def work(i):
-            with torch.no_grad():
-                got[i] = [model(inputs[i]) for _ in range(4)]
-
-        threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-        [thread.start() for thread in threads]
-        [thread.join() for thread in threads]
-    assert len(got) == 4
-    for i, answers in got.items():
-        for answer in answers:
-            assert_close(answer, expected[i])
-
-
 def test_double_and_channels_last_dims():
     class Last(nn.Module):  # (B, H, W, C), as in a Swin transformer
         def __init__(self):
