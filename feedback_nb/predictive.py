@@ -112,6 +112,10 @@ class EnergyModel(FeedbackModel):
         """({name: energy of each example (B,)}, answer) at the nodes h."""
         raise TypeError(f"{type(self).__name__} must define terms(x, h, memo)")
 
+    def answer(self, x, h, memo):
+        """The output at the nodes h; a subclass that needs fewer layers for it says so."""
+        return self.terms(x, h, memo)[1]
+
     def energy(self, x, state: State) -> Tensor:  # (B,)
         """E of a state: the sum of its terms."""
         return sum(self.terms(x, state.h, state.memo)[0].values())
@@ -125,7 +129,7 @@ class EnergyModel(FeedbackModel):
         """h ← h - γ ∂E/∂h; residuals measure ∂E/∂h itself, whatever γ is."""
         change = {name: -g for name, g in self.gradient(x, state).items()}
         h = {name: state.h[name] + self.step_size * d for name, d in change.items()}
-        return State(h, self.terms(x, h, state.memo)[1], state.memo, change)
+        return State(h, self.answer(x, h, state.memo), state.memo, change)
 
     def bound(self, x, state: State, iters: int = 100) -> float:
         """2 / λ_max of the Hessian of E at a state: exact for linear layers, local for others."""
@@ -209,63 +213,101 @@ class PCNet(EnergyModel):
         self.layers, self.precision = layers, _numbers(precision, len(layers), "precision")
         self.prior, self.inference = prior, inference
 
+    def _climb(self, x, memo, node, run=lambda layer, name, h: layer(h)):
+        """From below: each free node is node(its name, what is predicted of it); the answer."""
+        seen = x
+        for i, layer in enumerate(self.layers):
+            if i or self.prior is not None:
+                seen = run(layer, f"h{i}", node(f"h{i}", seen))
+            else:
+                seen = memo["first"] if "first" in memo else layer(x)
+        return seen
+
+    def _nodes(self, x, memo, errors=None):
+        """The nodes that have these errors (None: no error anywhere), and the answer."""
+        h = {}
+
+        def node(name, seen):
+            h[name] = seen if errors is None else seen + errors[name]
+            return h[name]
+
+        return h, self._climb(x, memo, node)
+
+    def _errors(self, x, h, memo, *run):
+        """What each free node has that the one below did not predict, and the answer."""
+        errors = {}
+
+        def node(name, seen):
+            errors[name] = h[name] - seen
+            return h[name]
+
+        return errors, self._climb(x, memo, node, *run)
+
+    def errors(self, x, h) -> dict:  # node -> h_l - f_l(h_{l-1})
+        """What each free node has that the one below did not predict."""
+        return self._errors(x, h, {})[0]
+
     def start(self, x, *, states=False, target=None, known=None, nudge=1.0) -> State:
         """The plain pass. `known`: 1 where the target is seen; `nudge`: share of the way to it."""
-        nodes = [x]
-        for layer in self.layers:
-            nodes.append(layer(nodes[-1]))
-        y, memo = nodes[-1], {"goal": None, "known": known}
+        (h, y), memo = self._nodes(x, {}), {"goal": None, "known": known}
         if target is not None:
             goal = one_hot_like(target, y)
             memo["goal"] = goal if nudge == 1 else torch.lerp(y, goal, nudge)
         if self.prior is None:
-            memo["first"] = nodes[1]  # f_1(x) never changes
-        free = enumerate(nodes[:-1])
-        return State({f"h{i}": v for i, v in free if i or self.prior is not None}, y, memo)
+            memo["first"] = h["h1"]  # f_1(x) never changes
+        return State(h, y, memo)
+
+    def _costs(self, errors):
+        """The energy of the error of each free node."""
+        terms, free = {}, callable(self.prior)
+        for name, error in errors.items():
+            i = int(name[1:])
+            if i:
+                terms[f"layer {i}"] = self.precision[i - 1] * half_square(error)
+            else:
+                terms["prior"] = self.prior(error) if free else self.prior * half_square(error)
+        return terms
+
+    def _cost_of(self, y, memo):
+        """The energy of the error of the answer, where the target is known."""
+        error = torch.zeros_like(y) if memo["goal"] is None else memo["goal"] - y
+        error = error if memo["known"] is None else error * memo["known"]
+        return self.precision[-1] * half_square(error)
 
     def terms(self, x, h, memo):
         """The error of each layer, as the energy π_l/2 ‖h_l - f_l(h_{l-1})‖², and the output."""
-        terms, below = {}, x
-        if self.prior is not None:
-            below, gap = h["h0"], h["h0"] - x
-            number = not callable(self.prior)
-            terms["prior"] = self.prior * half_square(gap) if number else self.prior(gap)
-        for i, (layer, weight) in enumerate(zip(self.layers, self.precision), 1):
-            seen = memo["first"] if i == 1 and "first" in memo else layer(below)
-            if i < len(self.layers):
-                terms[f"layer {i}"] = weight * half_square(h[f"h{i}"] - seen)
-                below = h[f"h{i}"]
-        error = torch.zeros_like(seen) if memo["goal"] is None else memo["goal"] - seen
-        error = error if memo["known"] is None else error * memo["known"]
-        return terms | {f"layer {i}": weight * half_square(error)}, seen
+        errors, y = self._errors(x, h, memo)
+        return self._costs(errors) | {f"layer {len(self.layers)}": self._cost_of(y, memo)}, y
 
-    def errors(self, x, h) -> dict:  # node -> h_l - f_l(h_{l-1})
-        """What each free node has that the one below did not predict."""
-        below, errors = x, {}
-        for i, layer in enumerate(self.layers):
-            if i or self.prior is not None:
-                errors[f"h{i}"] = h[f"h{i}"] - below
-            below = layer(h.get(f"h{i}", x)) if i + 1 < len(self.layers) else None
-        return errors
+    def answer(self, x, h, memo):
+        """What the last layer makes of the node below it."""
+        return self.layers[-1](h[f"h{len(self.layers) - 1}"])
 
-    def _built(self, x, errors):
-        """The nodes that have these errors: one pass from below."""
-        h, below = {}, x
-        for i, layer in enumerate(self.layers):
-            below = h[f"h{i}"] = below + errors[f"h{i}"] if f"h{i}" in errors else below
-            below = layer(below) if i + 1 < len(self.layers) else None
-        return {name: h[name] for name in errors}
+    def slopes(self, x, state) -> tuple[dict, dict]:  # ε, and ∂E/∂ε with the nodes built from ε
+        """One pass up and one down: δ_l = J_{l+1}ᵀ δ_{l+1}, ∂E/∂ε_l = π_l ε_l + δ_l."""
+        pulls = {}
+
+        def run(layer, name, h):
+            seen, pulls[name] = torch.func.vjp(layer, h)
+            return seen
+
+        errors, y = self._errors(x, state.h, state.memo, run)
+        slopes = torch.func.grad(lambda e: sum(self._costs(e).values()).sum())(errors)
+        delta = torch.func.grad(lambda y: self._cost_of(y, state.memo).sum())(y)
+        for name in reversed(pulls):
+            delta = pulls[name](delta)[0]
+            slopes[name] = slopes[name] + delta
+        return errors, slopes
 
     def step(self, x, state, t, **context) -> State:
         """One step of descent, in the nodes or in their errors."""
         if self.inference == "states":
             return super().step(x, state, t, **context)
-        errors = self.errors(x, state.h)
-        at = lambda e: state._replace(h=self._built(x, e))
-        slope = torch.func.grad(lambda e: self.energy(x, at(e)).sum())(errors)
-        h = self._built(x, {k: v - self.step_size * slope[k] for k, v in errors.items()})
+        errors, slopes = self.slopes(x, state)
+        errors = {k: v - self.step_size * slopes[k] for k, v in errors.items()}
+        h, y = self._nodes(x, state.memo, errors)
         change = {k: (v - state.h[k]) / self.step_size for k, v in h.items()}
-        return State(h, self.terms(x, h, state.memo)[1], state.memo, change)
+        return State(h, y, state.memo, change)
 
 # %% ../nbs/25_predictive.ipynb #bc353e4b
 def incremental_step(

@@ -81,8 +81,12 @@ class PCUNet(EnergyModel):
             if i + 1 < len(nodes):
                 gap = nodes[i] - self._predicted(i - 1, nodes[i + 1])
                 terms[f"decoder {i}"] = b * half_square(gap)
-        y = self.head(nodes[1])
+        y = self.answer(x, h, memo)
         if memo["goal"] is not None:
             loss = -(memo["goal"] * y.log_softmax(1)).flatten(1).sum(1)
             terms["label"] = c * loss
         return terms, y
+
+    def answer(self, x, h, memo):
+        """The head reads the first node."""
+        return self.head(h["h1"])
