@@ -106,7 +106,7 @@ class EnergyModel(FeedbackModel):
         need_number(0, math.inf, strict=True, step_size=step_size)
         need_known(learning, ("settled", "every step"), "time of learning")
         self.step_size, self.check_step, self.learning = step_size, check_step, learning
-        self._checked = None  # the step size that training has held against the bound
+        self._checked = self._warned = None  # step sizes held against the bound, and above it
 
     def terms(self, x, h, memo):
         """({name: energy of each example (B,)}, answer) at the nodes h."""
@@ -142,6 +142,7 @@ class EnergyModel(FeedbackModel):
         """`StepTooLarge` with the bound, when the step size is above it."""
         self._checked = self.step_size
         if self.step_size > bound:
+            self._warned = self.step_size
             words = f"{type(self).__name__}: step_size {self.step_size:g} is above {bound:.3g}"
             warnings.warn(f"{words}, so the energy may rise; take a smaller one", StepTooLarge,
                           stacklevel=3)
@@ -154,7 +155,7 @@ class EnergyModel(FeedbackModel):
             for last in islice(path, self.steps if steps is None else steps):
                 if each is not None:
                     each(last)
-            if self.check_step and last is not first:
+            if self.check_step and last is not first and self._warned != self.step_size:
                 before, after = self.energy(x, first).sum(), self.energy(x, last).sum()
                 if not after <= before * (1 + 1e-4) + 1e-6:
                     self._hold_step(self.bound(x, first))
