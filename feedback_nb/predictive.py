@@ -46,18 +46,16 @@ def _need_layers(layers, example):
     layers, h = nn.ModuleList(layers), example
     for i, layer in enumerate(layers):
         for part in layer.modules():
-            what = type(part).__name__
-            _need(not isinstance(part, _BatchNorm),
-                  f"layer {i}: {what} mixes examples; use GroupNorm")
-            _need(not isinstance(part, _DropoutNd),
-                  f"layer {i}: {what} changes the energy; leave it out")
+            what = f"layer {i}: {type(part).__name__} is no fixed function of one example"
+            _need(not isinstance(part, (_BatchNorm, _DropoutNd)),
+                  f"{what}; use GroupNorm, or leave it out")
         shape, version = _shape(h), h._version
         try:
             with torch.no_grad():
                 new = layer(h)
         except (RuntimeError, ValueError, IndexError) as error:
-            what = type(layer).__name__
-            raise ValueError(f"layer {i} ({what}) does not take {shape}: fit its sizes") from error
+            what = f"layer {i} ({type(layer).__name__})"
+            raise ValueError(f"{what} does not take {shape}, {h.dtype}: fit its sizes") from error
         _need(h._version == version,
               f"layer {i} writes into its input; build it with inplace=False")
         _need(torch.is_tensor(new), f"layer {i} returns {_shape(new)}; it must return one tensor")
@@ -207,50 +205,32 @@ class PCNet(EnergyModel):
         layers = _need_layers(layers, example)
         need_known(inference, ("states", "errors"), "way of inference")
         super().__init__(**options)
-        _need(len(layers) > 1 or prior is not None,
-              "one layer has no hidden node; give two, or prior=")
+        _need(len(layers) > 1 or prior is not None, "one layer has no node; give two, or prior=")
         if prior is not None and not callable(prior):
             need_number(0, math.inf, strict=True, prior=prior)
         self.layers, self.precision = layers, _numbers(precision, len(layers), "precision")
         self.prior, self.inference = prior, inference
 
-    def _climb(self, x, memo, node, run=lambda layer, name, h: layer(h)):
-        """From below: each free node is node(its name, what is predicted of it); the answer."""
-        seen = x
+    def _climb(self, x, memo, h=None, errors=None, run=lambda layer, name, h: layer(h)):
+        """From below: nodes, as given or with given errors (None: without), errors, answer."""
+        nodes, gaps, seen = {}, {}, x
         for i, layer in enumerate(self.layers):
-            if i or self.prior is not None:
-                seen = run(layer, f"h{i}", node(f"h{i}", seen))
+            if name := f"h{i}" if i or self.prior is not None else None:
+                below = seen if errors is None else seen + errors[name]
+                nodes[name] = below if h is None else h[name]
+                gaps[name] = nodes[name] - seen
+                seen = run(layer, name, nodes[name])
             else:
                 seen = memo["first"] if "first" in memo else layer(x)
-        return seen
-
-    def _nodes(self, x, memo, errors=None):
-        """The nodes that have these errors (None: no error anywhere), and the answer."""
-        h = {}
-
-        def node(name, seen):
-            h[name] = seen if errors is None else seen + errors[name]
-            return h[name]
-
-        return h, self._climb(x, memo, node)
-
-    def _errors(self, x, h, memo, *run):
-        """What each free node has that the one below did not predict, and the answer."""
-        errors = {}
-
-        def node(name, seen):
-            errors[name] = h[name] - seen
-            return h[name]
-
-        return errors, self._climb(x, memo, node, *run)
+        return nodes, gaps, seen
 
     def errors(self, x, h) -> dict:  # node -> h_l - f_l(h_{l-1})
         """What each free node has that the one below did not predict."""
-        return self._errors(x, h, {})[0]
+        return self._climb(x, {}, h)[1]
 
     def start(self, x, *, states=False, target=None, known=None, nudge=1.0) -> State:
         """The plain pass. `known`: 1 where the target is seen; `nudge`: share of the way to it."""
-        (h, y), memo = self._nodes(x, {}), {"goal": None, "known": known}
+        (h, _, y), memo = self._climb(x, {}), {"goal": None, "known": known}
         if target is not None:
             goal = one_hot_like(target, y)
             memo["goal"] = goal if nudge == 1 else torch.lerp(y, goal, nudge)
@@ -277,7 +257,7 @@ class PCNet(EnergyModel):
 
     def terms(self, x, h, memo):
         """The error of each layer, as the energy π_l/2 ‖h_l - f_l(h_{l-1})‖², and the output."""
-        errors, y = self._errors(x, h, memo)
+        _, errors, y = self._climb(x, memo, h)
         return self._costs(errors) | {f"layer {len(self.layers)}": self._cost_of(y, memo)}, y
 
     def answer(self, x, h, memo):
@@ -292,7 +272,7 @@ class PCNet(EnergyModel):
             seen, pulls[name] = torch.func.vjp(layer, h)
             return seen
 
-        errors, y = self._errors(x, state.h, state.memo, run)
+        _, errors, y = self._climb(x, state.memo, state.h, run=run)
         slopes = torch.func.grad(lambda e: sum(self._costs(e).values()).sum())(errors)
         delta = torch.func.grad(lambda y: self._cost_of(y, state.memo).sum())(y)
         for name in reversed(pulls):
@@ -305,8 +285,8 @@ class PCNet(EnergyModel):
         if self.inference == "states":
             return super().step(x, state, t, **context)
         errors, slopes = self.slopes(x, state)
-        errors = {k: v - self.step_size * slopes[k] for k, v in errors.items()}
-        h, y = self._nodes(x, state.memo, errors)
+        new = {k: v - self.step_size * slopes[k] for k, v in errors.items()}
+        h, _, y = self._climb(x, state.memo, errors=new)
         change = {k: (v - state.h[k]) / self.step_size for k, v in h.items()}
         return State(h, y, state.memo, change)
 
@@ -322,10 +302,11 @@ def incremental_step(
     with torch.no_grad():
         state = next(model.states(x, target=y))
         energy = model.energy(x, state).mean()
+    # the weights will move, so nothing of the plain pass is kept
+    state = state._replace(memo={name: v for name, v in state.memo.items() if name != "first"})
     for t in range(model.steps):
-        memo = {name: v for name, v in state.memo.items() if name != "first"}
-        with torch.no_grad():  # the weights have moved, so nothing of the plain pass is kept
-            state = model.step(x, state._replace(memo=memo), t)
+        with torch.no_grad():
+            state = model.step(x, state, t)
         optimizer.zero_grad()
         model.learn(x, state)
         optimizer.step()

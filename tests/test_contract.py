@@ -18,6 +18,8 @@ from feedback_nb.feedback import FeedbackModel, State, stepwise_loss
 from feedback_nb.fixed_points import iterate
 from feedback_nb.lrm import LRM
 from feedback_nb.networks import cnn
+from feedback_nb.predictive import PCClassifier, PCNet, SparsePrior
+from feedback_nb.predictive_unet import PCUNet, SettlingUNet
 from feedback_nb.replay import Replay
 from feedback_nb.unet import FeedbackUNet
 
@@ -46,6 +48,12 @@ class Louder(FeedbackModel):
         return State(h, self.replay(x, state.memo, {self.layer: refine}), state.memo)
 
 
+def stack():
+    """Three stages without batch norm, the last one to logits."""
+    convs = [nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), nn.Tanh()) for a, b in ((1, 4), (4, 6))]
+    return [*convs, nn.Sequential(nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(54, 5))]
+
+
 X = torch.rand(4, 1, 12, 12, generator=torch.Generator().manual_seed(1))
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
 MODELS = {
@@ -60,6 +68,12 @@ MODELS = {
         cnn(1, 5, width=4), [("stage1", "stage3")], example=X, motif="published", **o
     ),
     "U-Net": lambda **o: FeedbackUNet(1, 3, channels=(4, 8), norm="batch", **o),
+    "PCNet, prior": lambda **o: PCNet(stack(), example=X, prior=SparsePrior(0.5), **o),
+    "PCClassifier": lambda **o: PCClassifier(
+        stack(), [nn.ConvTranspose2d(4, 1, 2, 2), nn.ConvTranspose2d(6, 4, 2, 2)], example=X, **o
+    ),
+    "PC U-Net": lambda **o: PCUNet(1, 3, channels=(4, 6), step_size=0.02, **o),
+    "settling U-Net": lambda **o: SettlingUNet(1, 3, channels=(4, 8), state=4, **o),
     "example": lambda **o: Louder(cnn(1, 5, width=4), "stage2", example=X, **o),
 }
 every = pytest.mark.parametrize("kind", MODELS)
@@ -151,7 +165,7 @@ def test_compiles_in_one_graph(kind):
 @every
 def test_tol_and_check_finite_are_options_of_every_method(kind):
     model = build(kind, tol=1e9, check_finite=False).eval()
-    blank = kind == "U-Net"  # from h = 0 any first step is infinitely large
+    blank = kind in ("U-Net", "settling U-Net")  # from h = 0 any first step is infinitely large
     assert model.trajectory(X).n_steps.tolist() == [2 if blank else 1] * 4
     assert model.trajectory(X, tol=False).n_steps.tolist() == [2] * 4
     with torch.no_grad():
@@ -190,6 +204,10 @@ def test_checkpointing_a_call_gives_the_same_gradient(kind):
     model = build(kind, steps=1).eval()
     x = X.clone().requires_grad_()
     straight = torch.autograd.grad(model(x).square().sum(), x)[0]
+    if kind.startswith("PC"):  # each step is a gradient
+        with pytest.raises(RuntimeError, match="saved tensor hooks"):  # PyTorch says so itself
+            checkpoint(model, x, use_reentrant=False)
+        return
     again = checkpoint(model, x, use_reentrant=False)
     assert_close(torch.autograd.grad(again.square().sum(), x)[0], straight)
 

@@ -21,7 +21,7 @@ from feedback_nb.predictive import (
     incremental_step,
     shuffled_decoders,
 )
-from feedback_nb.predictive_unet import PCUNet
+from feedback_nb.predictive_unet import PCUNet, SettlingUNet
 from feedback_nb.training import fit
 
 WIDE = torch.float64
@@ -250,6 +250,27 @@ def test_one_step_of_errors_has_the_errors_of_backpropagation_but_not_its_weight
     assert gaps[0] > 0.01 and gaps[1] < 1e-2 and gaps[2] < 1e-5
 
 
+@pytest.mark.parametrize("prior", [None, 0.7, SparsePrior(0.4)])
+def test_the_slopes_are_those_of_the_energy_in_the_errors(prior):
+    model, (x, y) = tanh_net(prior=prior, precision=[0.5, 2.0, 3.0], steps=4), batch(6, 4, 3)
+    state = model.settle(x, y, known=torch.tensor([1.0, 0.0, 1.0], dtype=WIDE))
+    errors, slopes = model.slopes(x, state)
+    names = list(errors)
+
+    def energy(*values):
+        free, h, below = dict(zip(names, values, strict=True)), {}, x
+        for i, layer in enumerate(model.layers):
+            if f"h{i}" in free:
+                below = h[f"h{i}"] = below + free[f"h{i}"]
+            below = layer(below)
+        return model.energy(x, state._replace(h=h)).sum()
+
+    leaves = [errors[name].detach().requires_grad_() for name in names]
+    wanted = torch.autograd.grad(energy(*leaves), leaves)
+    for name, slope in zip(names, wanted, strict=True):
+        assert_close(slopes[name], slope, atol=1e-12, rtol=1e-9)
+
+
 def test_both_ways_of_inference_settle_in_the_same_state():
     x, y = batch(6, 4, 3)
     found = []
@@ -321,6 +342,7 @@ def contract():
         "conv": (PCNet(conv, example=image, steps=3), image),
         "classifier": (PCClassifier(conv, back, example=image, steps=3), image),
         "unet": (PCUNet(1, 2, channels=(4, 6), steps=3, step_size=0.02), image),
+        "settling": (SettlingUNet(1, 2, channels=(4, 6), state=4, steps=3), image),
     }
 
 
@@ -391,6 +413,15 @@ def test_training_warns_once_of_a_step_above_the_bound():
         model.local_backward(x, y)
 
 
+def test_settling_warns_once_of_a_step_above_the_bound():
+    model, (x, y) = linear(4, 5, 3, step_size=3.0, check_step=True, steps=9), batch(3, 4, 3)
+    with pytest.warns(StepTooLarge):
+        model.settle(x, y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the bound costs more than the steps do
+        model.settle(x, y)
+
+
 def test_decoders_that_do_not_fit_are_named():
     _, image = contract()["classifier"]
     layers = [nn.Conv2d(1, 4, 3, 2, 1), nn.Sequential(nn.Flatten(), nn.Linear(64, 3))]
@@ -429,8 +460,35 @@ def test_the_energy_of_the_unet_falls_and_its_modules_learn_apart():
     path = energies(model, x, 20)
     assert all(b <= a for a, b in zip(path, path[1:], strict=False)) and path[-1] < path[0]
     labels = torch.randint(0, 2, (5, 8, 8))
+    with torch.no_grad():
+        errors, h = model.errors(x, next(model.states(x)).h), next(model.states(x)).h
+        assert set(errors) == {"encoder 1", "encoder 2", "decoder 1"}
+        assert torch.equal(errors["encoder 1"], h["h1"] - model.down[0](x))
     model.learn(x, model.settle(x, labels), only="decoder 1")
     for name, p in model.named_parameters():
         assert (p.grad is not None) == name.startswith("up.0"), name
     with pytest.raises(ValueError, match="divisible by 2"):
         model(torch.zeros(1, 1, 7, 8))
+
+
+@pytest.mark.parametrize("options, name", [
+    ({"up_precision": 0}, "up_precision"), ({"label_precision": -1.0}, "label_precision"),
+    ({"channels": (4,)}, "levels"), ({"channels": (0, 4)}, "channels"), ({"steps": -1}, "steps")])
+def test_bad_options_of_the_unet_are_named(options, name):
+    with pytest.raises(ValueError, match=name):
+        PCUNet(1, 2, **{"channels": (4, 6)} | options)
+
+
+def test_the_settling_unet_trains_at_its_fixed_point():
+    _, x = contract()["unet"]
+    labels = (x[:, 0] > 0.5).long()
+    with pytest.raises(ValueError, match="blend"):
+        SettlingUNet(1, 2, channels=(4, 6), state=4, blend=1.5)
+    model = SettlingUNet(1, 2, channels=(4, 6), state=4, steps=40, solver_steps=60,
+                         solver_tol=1e-6)
+    path = model.eval().trajectory(x)
+    assert path.residuals[-1].max() < 1e-3 * path.residuals[0].max()  # F - h, whatever the blend
+    history = fit(model, (TensorDataset(x, labels), TensorDataset(x, labels)), epochs=20, lr=0.01,
+                  batch_size=5, progress=False)
+    assert history.rows[-1]["train_loss"] < history.rows[0]["train_loss"]
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
