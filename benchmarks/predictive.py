@@ -52,9 +52,9 @@ def seconds(fn, device):
 def ratios(make, steps, rounds, device, inference):
     """Step of the PC network / (T + 1) passes of the plain one, for each round."""
     layers, x = make()
-    model = PCNet(layers, example=x, steps=steps, step_size=0.01, inference=inference,
-                  check_step=False).to(device)
-    net, x = nn.Sequential(*model.layers), x.to(device)
+    model = PCNet(layers, example=x, steps=steps, step_size=0.01, inference=inference)
+    model, x = model.to(device), x.to(device)
+    net = nn.Sequential(*model.layers)
     goal = torch.randn(len(x), 10, device=device)
 
     def plain():

@@ -11,14 +11,11 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
-from itertools import islice
+from itertools import accumulate, islice
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
 
 from .checks import need_equal, need_known, need_number
 from .feedback import FeedbackModel, State
@@ -47,8 +44,8 @@ def _need_layers(layers, example):
     for i, layer in enumerate(layers):
         for part in layer.modules():
             what = f"layer {i}: {type(part).__name__} is no fixed function of one example"
-            _need(not isinstance(part, (_BatchNorm, _DropoutNd)),
-                  f"{what}; use GroupNorm, or leave it out")
+            moody = nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd
+            _need(not isinstance(part, moody), f"{what}; use GroupNorm, or leave it out")
         shape, version = _shape(h), h._version
         try:
             with torch.no_grad():
@@ -129,11 +126,15 @@ class EnergyModel(FeedbackModel):
         h = {name: state.h[name] + self.step_size * d for name, d in change.items()}
         return State(h, self.answer(x, h, state.memo), state.memo, change)
 
+    def descent(self, x, state: State) -> tuple:
+        """∂E/∂ of what inference moves, as a function of it; and where that is at this state."""
+        return lambda h: self.gradient(x, state._replace(h=h)), state.h
+
     def bound(self, x, state: State, iters: int = 100) -> float:
         """2 / λ_max of the Hessian of E at a state: exact for linear layers, local for others."""
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # an estimate from below will do for a warning
-            top = lipschitz(lambda h: self.gradient(x, state._replace(h=h)), state.h, iters=iters)
+            top = lipschitz(*self.descent(x, state), iters=iters)
         return 2 / float(top.max())
 
     def _hold_step(self, bound):
@@ -146,18 +147,18 @@ class EnergyModel(FeedbackModel):
                           stacklevel=3)
 
     def _walk(self, x, target, steps, context, each=None):
-        """First and last state of T steps without a graph; a risen energy is warned about."""
+        """First and last state of T steps without a graph, and E of the first; warns of a rise."""
         with torch.no_grad():
             path = self.states(x, target=target, **context)
             first = last = next(path)
+            before = self.energy(x, first)
             for last in islice(path, self.steps if steps is None else steps):
                 if each is not None:
                     each(last)
             if self.check_step and last is not first and self._warned != self.step_size:
-                before, after = self.energy(x, first).sum(), self.energy(x, last).sum()
-                if not after <= before * (1 + 1e-4) + 1e-6:
+                if not self.energy(x, last).sum() <= before.sum() * (1 + 1e-4) + 1e-6:
                     self._hold_step(self.bound(x, first))
-        return first, last
+        return first, last, before.mean()
 
     def settle(self, x, target=None, *, steps: int | None = None, **context) -> State:
         """The state after T steps of inference, without a graph."""
@@ -178,12 +179,10 @@ class EnergyModel(FeedbackModel):
         """Settle on (x, y), then gradients, each layer's from its own error; returns E at t = 0."""
         _need(y is not None, "training needs a target: call local_backward(x, y)")
         every = self.learning == "every step" and self.steps > 0
-        each = partial(self.learn, x, share=1 / self.steps) if every else None
-        first, last = self._walk(x, y, None, context, each)
+        each = (lambda state: self.learn(x, state, share=1 / self.steps)) if every else None
+        first, last, energy = self._walk(x, y, None, context, each)
         if not every:
             self.learn(x, last)
-        with torch.no_grad():
-            energy = self.energy(x, first).mean()
         if self.check_step and self._checked != self.step_size:
             self._hold_step(self.bound(x, first, iters=20))
         return energy
@@ -280,6 +279,13 @@ class PCNet(EnergyModel):
             slopes[name] = slopes[name] + delta
         return errors, slopes
 
+    def descent(self, x, state):
+        """As for `EnergyModel`; errors have another Hessian than nodes, so another bound."""
+        if self.inference == "states":
+            return super().descent(x, state)
+        at = lambda e: state._replace(h=self._climb(x, state.memo, errors=e)[0])
+        return lambda e: self.slopes(x, at(e))[1], self.errors(x, state.h)
+
     def step(self, x, state, t, **context) -> State:
         """One step of descent, in the nodes or in their errors."""
         if self.inference == "states":
@@ -345,16 +351,12 @@ class PCClassifier(FeedbackModel):
         need_equal(len(decoders), len(layers) - 1, "decoders (one less than layers)")
         need_number(0, 1, forward=forward, feedback=feedback, memory=1 - forward - feedback)
         need_number(0, math.inf, correction=correction)
-        below = example
-        for n, (layer, decoder) in enumerate(zip(layers, decoders), 1):
-            with torch.no_grad():
-                e = layer(below)
-                got = _shape(decoder(e))
-            _need(got == _shape(below),
-                  f"decoder {n} must return {_shape(below)}, the layer below; got {got}")
-            below = e
-        self.layers, self.decoders = layers, decoders
-        self.weights = forward, feedback, correction
+        self.layers, self.decoders, self.weights = layers, decoders, (forward, feedback, correction)
+        with torch.no_grad():
+            h = list(accumulate(layers, lambda h, layer: layer(h), initial=example))
+            for n, decoder in enumerate(decoders, 1):
+                got, below = _shape(decoder(h[n])), _shape(h[n - 1])
+                _need(got == below, f"decoder {n} must return {below}, the layer below; got {got}")
 
     def train(self, mode=True):
         """The classifier stays in eval mode: it is not trained here."""
@@ -364,9 +366,7 @@ class PCClassifier(FeedbackModel):
 
     def start(self, x, *, states=False) -> State:
         """The classifier's own pass."""
-        h = [x]
-        for layer in self.layers:
-            h.append(layer(h[-1]))
+        h = list(accumulate(self.layers, lambda h, layer: layer(h), initial=x))
         return State({f"e{n}": v for n, v in enumerate(h[1:-1], 1)}, h[-1])
 
     def step(self, x, state, t) -> State:

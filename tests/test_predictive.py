@@ -271,6 +271,21 @@ def test_the_slopes_are_those_of_the_energy_in_the_errors(prior):
         assert_close(slopes[name], slope, atol=1e-12, rtol=1e-9)
 
 
+def test_the_bound_is_that_of_what_inference_moves():
+    x, y = batch(1, 4, 3)
+    for inference, wide in (("states", 0), ("errors", 1)):
+        torch.manual_seed(0)
+        model = linear(4, 6, 5, 3, inference=inference)
+        state = next(model.states(x, target=y))
+        W1, W2 = model.layers[1].weight, model.layers[2].weight
+        if wide:  # E = ½‖ε_1‖² + ½‖ε_2‖² + ½‖y - W_3 (W_2 ε_1 + ε_2) - …‖²
+            up = torch.cat([W2 @ W1, W2], 1)
+            top = torch.linalg.eigvalsh(torch.eye(11, dtype=WIDE) + up.T @ up)[-1]
+        else:
+            top = torch.linalg.eigvalsh(hessian(model, x, state))[-1]
+        assert_close(model.bound(x, state, iters=500), float(2 / top), rtol=1e-3, atol=0)
+
+
 def test_both_ways_of_inference_settle_in_the_same_state():
     x, y = batch(6, 4, 3)
     found = []
