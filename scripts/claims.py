@@ -290,7 +290,8 @@ def row(root: Path, claim: dict, papers: dict) -> str:
              ("The paper's number", theirs),
              ("Smallest effect that could be seen", sees),
              ("Where", where(root, claim))]
-    tds = "".join(f'<td data-head="{head}">{text}</td>' for head, text in cells)
+    none = lambda text: " data-none" * (text == "–")
+    tds = "".join(f'<td data-head="{head}"{none(text)}>{text}</td>' for head, text in cells)
     return (f'<tr id="{claim["id"]}" data-paper="{claim["paper"]}" '
             f'data-verdict="{claim["verdict"]}">{tds}</tr>')
 
