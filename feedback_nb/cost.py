@@ -34,16 +34,23 @@ __all__ = ['multiply_adds', 'cost']
 # %% ../nbs/08_cost.ipynb #8ba49de1
 #| code-fold: true
 #| code-summary: "multiply_adds"
-_aten = torch.ops.aten
+def _mv(*shapes, **_) -> int:
+    return 2 * shapes[-1][0] * shapes[-2][-2]
+
+
+def _addbmm(total, a, b, *_, **__) -> int:
+    return 2 * a[0] * a[1] * a[2] * b[2]
+
+
+def _trilinear(x, w, *_, **__) -> int:
+    """x₁ᵀ W for each row of x₁ and each output, then its product with x₂."""
+    return 2 * x[0] * w[0] * w[2] * (w[1] + 1)
+
+
+_aten, _dot = torch.ops.aten, lambda a, b, **_: 2 * a[0]
 _UNCOUNTED = {  # by PyTorch: shapes -> FLOPs, 2 for a multiply-add
-    _aten.mv: lambda a, b, **_: 2 * a[0] * a[1],
-    _aten.addmv: lambda c, a, b, *_, **__: 2 * a[0] * a[1],
-    _aten.addbmm: lambda c, a, b, *_, **__: 2 * a[0] * a[1] * a[2] * b[2],
-    _aten.dot: lambda a, b, **_: 2 * a[0],
-    _aten.vdot: lambda a, b, **_: 2 * a[0],
-    # x₁ᵀ W for each row of x₁ and each output, then its product with x₂
-    _aten._trilinear: lambda x, w, *_, **__: 2 * x[0] * w[0] * w[2] * (w[1] + 1),
-}
+    _aten.mv: _mv, _aten.addmv: _mv, _aten.addbmm: _addbmm, _aten.dot: _dot, _aten.vdot: _dot,
+    _aten._trilinear: _trilinear}
 
 
 def _count(net: nn.Module, example, options: dict) -> int:

@@ -319,20 +319,16 @@ def pgd_curve(
     epsilons: Iterable[float] = (0.0, 1 / 255, 2 / 255, 4 / 255, 8 / 255),
     *,
     iterations: int = 10,  # gradient steps of the attack
-    step_size: float | None = None,  # of the attack; None: 2.5 ε / iterations
-    restarts: int = 1,  # random starts; an example counts as right only if it survives all
-    bounds: Sequence[float] | None = (0.0, 1.0),  # of the changed input; None: none
-    rescale: bool = False,  # attack logits divided by their standard deviation, as in `fgsm_curve`
     seed: int = 0,  # of the random starts
     batch_size: int = 256,  # inputs at a time
     steps: int | None = None,  # feedback steps T; None: the model's own
+    **how,  # step_size, restarts, bounds and rescale, as for `attack`
 ) -> DataFrame:  # a row per ε, as of `noise_curve`
     """Accuracy under projected gradient descent (Madry et al. 2018)."""
     _captum()
     epsilons = _sizes(epsilons, "epsilons")
-    need_number(1, iterations=iterations, restarts=restarts)
-    how = dict(steps=steps, bounds=bounds, iterations=iterations, step_size=step_size,
-               restarts=restarts, rescale=rescale)
+    need_number(1, iterations=iterations)
+    how |= dict(iterations=iterations, steps=steps)
 
     def attacked(x, y):
         yield from (attack(model, x, y, epsilon, **how) for epsilon in epsilons)

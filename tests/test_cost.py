@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from feedback_nb.feedback import FeedbackModel, State
-from feedback_nb.cost import cost
+from feedback_nb.cost import cost, multiply_adds
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from feedback_nb.feedback import FeedbackModel, State
 from feedback_nb.robustness import (
     area,
+    attack,
     calibration,
     corruption_curve,
     fgsm_curve,
