@@ -96,11 +96,11 @@ def test_foolbox_agrees():
         optimizer.step()
     theirs = foolbox.PyTorchModel(model.eval(), bounds=(0, 1))
     epsilons = [0.01, 0.03, 0.06]
-    for attack, curve in (
+    for kind, curve in (
         (foolbox.attacks.LinfFastGradientAttack(), fgsm_curve),
         (foolbox.attacks.LinfPGD(rel_stepsize=0.125, steps=20), partial(pgd_curve, iterations=20)),
     ):
-        *_, success = attack(theirs, x, y, epsilons=epsilons)
+        *_, success = kind(theirs, x, y, epsilons=epsilons)
         assert curve(model, (x, y), epsilons).accuracy.tolist() == pytest.approx(
             (1 - success.double().mean(1)).tolist(), abs=0.02
         )
@@ -306,9 +306,9 @@ def test_masked_gradients_are_found_out():
 
 def test_without_captum_the_error_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "captum.robust", None)
-    for attack in (fgsm_curve, pgd_curve, partial(masking_check, epsilon=0.1)):
+    for kind in (fgsm_curve, pgd_curve, partial(masking_check, epsilon=0.1)):
         with pytest.raises(ImportError, match="pip install captum"):
-            attack(Line(WEIGHT), line_data(10))
+            kind(Line(WEIGHT), line_data(10))
 
 
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=8), st.floats(0.1, 5), st.floats(-2, 2))
