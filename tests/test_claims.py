@@ -217,7 +217,8 @@ def test_the_page_has_a_row_for_every_claim_and_links_that_lead_somewhere():
 def test_the_table_is_filtered_and_sorted_in_a_browser(tmp_path):
     script = """<script>
     const form = document.querySelector("form"), said = [];
-    const shown = () => [...document.querySelectorAll(".claims-box tbody tr")].filter(r => !r.hidden);
+    const all = () => [...document.querySelectorAll(".claims-box tbody tr")];
+    const shown = () => all().filter(row => !row.hidden);
     form.paper.value = "caps"; form.dispatchEvent(new Event("input"));
     said.push(shown().every(r => r.dataset.paper === "caps"), shown().length);
     form.words.value = "dropout"; form.dispatchEvent(new Event("input"));
