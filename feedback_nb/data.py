@@ -221,7 +221,8 @@ def names() -> list[str]:
 #| code-fold: true
 #| code-summary: "How a set is found or downloaded"
 def _key(name: str) -> str:
-    plain = lambda text: re.sub(r"[^a-z0-9]", "", str(text).lower())
+    def plain(text):
+        return re.sub(r"[^a-z0-9]", "", str(text).lower())
     known = {"kmnist": "kuzushiji-mnist"} | {plain(k): k for k in SOURCES}
     key = known.get(plain(name), name)
     need_known(key, SOURCES, "data set")
@@ -795,7 +796,8 @@ def cli(argv: Sequence[str] | None = None) -> int:
     asked = p.parse_args(argv)
     try:
         if not asked.name:
-            rows = [{k: k for k in ("name", "MB", "where", "licence", "what")}, *catalogue(asked.root)]
+            titles = {k: k for k in ("name", "MB", "where", "licence", "what")}
+            rows = [titles, *catalogue(asked.root)]
             width = {k: max(len(str(row[k])) for row in rows) for k in rows[0]}
             for row in rows: print("  ".join(str(row[k]).ljust(width[k]) for k in width).rstrip())
             print(f"\nDownloads and decoded data are kept in {cache_folder()}")

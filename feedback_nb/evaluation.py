@@ -7,13 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
-import json
 import logging
 import math
-import os
-import re
-import subprocess
 import time
 import warnings
 import weakref
@@ -31,7 +26,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .checks import need_equal, need_known, need_number
 from .feedback import FeedbackModel, stepwise_loss
-from .files import locked, written_whole
+from .records import FORMAT, code_state, describe_data, describe_model
+from .records import find_record, made_by, merge_record, missing_runs, plain_setting
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -153,174 +149,6 @@ def significance(
     if len(ps) < 2:
         table = table.drop(columns="p_holm", errors="ignore")  # one test needs no correction
     return table.astype({c: "Int64" for c in ("n", "pairs") if c in table})
-
-# %% ../nbs/04_evaluation.ipynb #be736b24
-def _plain(value: Any) -> Any:
-    """A setting as JSON can hold it: functions and modules by name, without memory addresses."""
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, float) and math.isfinite(value):
-        return value
-    named = hasattr(value, "__qualname__")
-    name = f"{value.__module__}.{value.__qualname__}" if named else repr(value)
-    return re.sub(r" at 0x[0-9a-f]+", "", name)
-
-
-def _describe_model(model: nn.Module) -> dict:
-    """Class, number of parameters, and a digest of layers, shapes and plain settings."""
-    tensors = {name: t for name, t in model.state_dict().items() if torch.is_tensor(t)}
-    text = [repr(model)] + [f"{name}{tuple(t.shape)}{t.dtype}" for name, t in tensors.items()]
-    for name, module in model.named_modules():
-        public = {k: v for k, v in vars(module).items() if k[0] != "_" and k != "training"}
-        kinds = bool, int, float, str, tuple
-        text.append(f"{name}{_plain({k: v for k, v in public.items() if isinstance(v, kinds)})}")
-    digest = hashlib.sha256("\n".join(text).encode()).hexdigest()[:12]
-    count = sum(p.numel() for p in model.parameters())
-    return {"class": type(model).__name__, "parameters": count, "digest": digest}
-
-# %% ../nbs/04_evaluation.ipynb #e94367b4
-def _describe_data(data: Any) -> dict:
-    """Name, size and, for tensors in memory, a digest of the content."""
-    source = getattr(data, "dataset", data)  # of a DataLoader
-    found = {"name": str(getattr(source, "name", type(source).__name__)),
-             "n": len(source) if hasattr(source, "__len__") else None}
-    parts = [getattr(source, part, None) for part in "xy"]
-    tensors = getattr(source, "tensors", None) or [t for t in parts if torch.is_tensor(t)]
-    if tensors:
-        digest = hashlib.sha256()
-        for t in tensors:
-            digest.update(f"{tuple(t.shape)}{t.dtype}".encode())
-            digest.update(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-        found["digest"] = digest.hexdigest()[:12]
-    return found
-
-# %% ../nbs/04_evaluation.ipynb #370db581
-def _package() -> Path:
-    """The folder of this package (a notebook has no `__file__`)."""
-    import feedback_nb
-
-    return Path(feedback_nb.__file__).parent
-
-
-def _git(*words: str) -> str | None:
-    """What git says about the folder of this package; None where it is not part of a checkout."""
-    try:
-        how = dict(capture_output=True, text=True, check=True, timeout=20)
-        return subprocess.run(["git", *words], cwd=_package(), **how).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _device_words(device: str) -> str:
-    """The kind of machine, in words: no host names."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError):
-        text = Path("/proc/cpuinfo").read_text()
-        if found := re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE):
-            return f"{os.cpu_count()} × {found[1].strip()}"
-    return f"{os.cpu_count()} CPU cores"
-
-# %% ../nbs/04_evaluation.ipynb #5ab0398e
-def _code() -> dict:
-    """The commit of this package's checkout, and whether the package differs (new files count)."""
-    top = _git("rev-parse", "--show-toplevel")
-    # installed, perhaps inside some other project's repository
-    if not top or not Path(top).samefile(_package().parent):
-        return {"commit": None, "dirty": None}
-    changes = _git("status", "--porcelain", "--", ".")
-    return {"commit": _git("rev-parse", "HEAD"), "dirty": bool(changes)}
-
-
-def _made(code: dict, device: str, threads: int) -> dict:
-    """Where runs come from: code, versions, machine."""
-    import platform
-
-    import numpy
-
-    versions = {"python": platform.python_version(), "torch": torch.__version__,
-                "numpy": numpy.__version__}
-    return {**code, **versions, "device": _device_words(device), "threads": threads,
-            "date": time.strftime("%Y-%m-%d")}
-
-# %% ../nbs/04_evaluation.ipynb #8120b0a7
-_FORMAT = "feedback_nb results, 1"
-
-
-def _dump(record: dict) -> str:
-    """JSON that a person can read and a diff can follow: one run on one line."""
-    text = partial(json.dumps, ensure_ascii=False, allow_nan=False)
-    runs = ("rows", "histories")
-    head = text({k: v for k, v in record.items() if k not in runs}, indent=1)
-    lines = {k: ",\n".join("  " + text(run) for run in record[k]) for k in runs}
-    lists = [f' "{k}": [\n{lines[k]}\n ]' for k in runs]
-    return head[:-2] + ",\n" + ",\n".join(lists) + "\n}\n"
-
-
-def _read(path: Path) -> dict:
-    """A results file; ValueError for one that is damaged or something else."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        why = f"{path.name} is no complete results file ({error})"
-        raise ValueError(f"{why}: restore it, or move it away and run again") from None
-    if not isinstance(record, dict) or record.get("format") != _FORMAT:
-        raise ValueError(f"{path.name} is not a results file of this version ({_FORMAT!r}): "
-                         "choose another name")
-    return record
-
-# %% ../nbs/04_evaluation.ipynb #5b665aab
-def _write(path: Path, record: dict) -> None:
-    """The record as a file, whole or not at all."""
-    with written_whole(path, durable=True) as made:
-        made.write_text(_dump(record), encoding="utf-8")
-
-# %% ../nbs/04_evaluation.ipynb #4b840908
-def _flat(tree: Any, at: str = "") -> dict[str, Any]:
-    """{'settings.lr': 0.001, …} of nested dictionaries."""
-    if not isinstance(tree, Mapping):
-        return {at: tree}
-    return {k: v for name, part in tree.items()
-            for k, v in _flat(part, f"{at}.{name}" if at else name).items()}
-
-
-def _differences(old: dict, new: dict) -> list[str]:
-    """Where the data, the settings or the models that both know differ."""
-    shared, flat = sorted(old["models"].keys() & new["models"].keys()), []
-    for r in (old, new):
-        models = {k: r["models"][k] for k in shared}
-        flat.append(_flat({"data": r["data"], "settings": r["settings"], "models": models}))
-    pairs = {k: [f.get(k, "not given") for f in flat] for k in {**flat[0], **flat[1]}}
-    return [f"{k} was {was!r}, is {now!r}" for k, (was, now) in pairs.items() if was != now]
-
-# %% ../nbs/04_evaluation.ipynb #e8af6bfe
-def _merge(path: Path | None, record: dict, row: dict | None = None, history: dict | None = None,
-           made: dict | None = None) -> dict:
-    """The record with what the file holds already, and one more run, which is written there."""
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    with locked(path.parent) if path else contextlib.nullcontext():
-        old = _read(path) if path and path.exists() else record
-        if changed := "; ".join(_differences(old, record)):
-            raise ValueError(f"{path.name} holds runs of other settings ({changed}): "
-                             "give the new runs a file of their own")
-        merged = {**record, **{k: old[k] for k in ("made", "rows", "histories")},
-                  "models": {**old["models"], **record["models"]}}
-        there = {(r["model"], r["seed"]) for r in merged["rows"]}
-        if row and (row["model"], row["seed"]) not in there:
-            undated, mine = ([{**m, "date": None} for m in ms] for ms in (merged["made"], [made]))
-            if mine[0] not in undated:
-                merged["made"] = [*merged["made"], made]
-            row = {**row, "made": (undated + mine).index(mine[0])}
-            merged["rows"] = [*merged["rows"], row]
-            merged["histories"] = [*merged["histories"], history]
-            if path:
-                _write(path, merged)
-    return merged
 
 # %% ../nbs/04_evaluation.ipynb #9658eabe
 def _rounded(value: Any) -> Any:
@@ -481,13 +309,13 @@ def _plan(factories: Mapping, data: tuple, seeds: list[int], settings: dict, per
     models = {}
     for name, factory in factories.items():
         model, own = _build(name, factory, seeds[0])
-        own = _plain({**per_model.get(name, {}), **own})
-        models[name] = {**_describe_model(model), "settings": own}
+        own = plain_setting({**per_model.get(name, {}), **own})
+        models[name] = {**describe_model(model), "settings": own}
     settings = {k: v for k, v in settings.items() if k not in _NOT_SETTINGS}
     settings |= {"measure": measure} if measure else {}
     parts = zip(("train", "valid", "test"), data)
-    described = {split: _describe_data(part) for split, part in parts if part is not None}
-    return {"format": _FORMAT, "made": [], "data": described, "settings": _plain(settings),
+    described = {split: describe_data(part) for split, part in parts if part is not None}
+    return {"format": FORMAT, "made": [], "data": described, "settings": plain_setting(settings),
             "models": models, "rows": [], "histories": []}
 
 # %% ../nbs/04_evaluation.ipynb #81ae8507
@@ -531,18 +359,17 @@ def compare(
     settings, factories = dict(settings or {}), dict(factories)
     per_model = {k: dict(v) for k, v in (per_model or {}).items()}
     data, seeds = _checked(factories, data, seeds, settings, per_model)
-    code = _code()  # now and not at the end of a run: by then somebody may have committed
+    code = code_state()  # now and not at the end of a run: by then somebody may have committed
     path = Path(results) if results is not None else None
-    record = _merge(path, _plan(factories, data, seeds, settings, per_model, measure))
-    done = {(row["model"], row["seed"]) for row in record["rows"]}
-    jobs, all_runs = [], [(name, seed) for seed in seeds for name in factories]
-    for name, seed in (run for run in all_runs if run not in done):
+    record = merge_record(path, _plan(factories, data, seeds, settings, per_model, measure))
+    jobs, runs = [], [(name, seed) for seed in seeds for name in factories]
+    for name, seed in missing_runs(path, record, runs):
         folder = {"checkpoint": Path(checkpoints) / f"{name}-{seed}"} if checkpoints else {}
         mine = {**settings, **per_model.get(name, {}), **folder}
         jobs.append((name, seed, factories[name], data, mine, measure, fit, evaluate))
     bar = dict(total=len(jobs), desc="runs", disable=not progress or not jobs)
     for row, history, device, threads in tqdm(_run_all(jobs, workers), **bar):
-        record = _merge(path, record, row, history, _made(code, device, threads))
+        record = merge_record(path, record, row, history, made_by(code, device, threads))
     asked = {k: [r for r in record[k] if r["seed"] in seeds] for k in ("rows", "histories")}
     return Comparison({**record, **asked}, list(factories), metric)
 
@@ -552,17 +379,8 @@ def recorded(
     metric: str = "accuracy",  # column that the tables are about
 ) -> Comparison:
     """Runs recorded earlier; FileNotFoundError that says what there is."""
-    folders = [at / "results" for at in (_package().parent, Path.cwd(), *Path.cwd().parents)]
-    file = Path(name).name.removesuffix(".json") + ".json"
-    for path in (Path(name), *(folder / file for folder in folders)):
-        if path.is_file():
-            record = _read(path)
-            return Comparison(record, list(record["models"]), metric)
-    paths = [path for folder in folders for path in folder.glob("*.json")]
-    found = {path.stem for path in paths if _FORMAT in path.read_text(encoding="utf-8")[:60]}
-    there = ", ".join(sorted(found)) or "none (results/ comes with a clone of the repository)"
-    remedy = f"compare(…, results='results/{file}') records it"
-    raise FileNotFoundError(f"no recorded run {str(name)!r}; there is {there}; {remedy}")
+    record = find_record(name)
+    return Comparison(record, list(record["models"]), metric)
 
 # %% ../nbs/04_evaluation.ipynb #9f724024
 class _LiveBytes(TorchDispatchMode):

@@ -185,7 +185,8 @@ def test_a_member_of_an_archive_may_not_be_huge(tmp_path):
 
 
 def nuclei(tmp_path, image, mask):
-    write_tree(tmp_path / "nuclei" / "train", {"images/a.png": png(image), "masks/a.png": png(mask)})
+    files = {"images/a.png": png(image), "masks/a.png": png(mask)}
+    write_tree(tmp_path / "nuclei" / "train", files)
     return load("nuclei", root=tmp_path, size=8)
 
 
