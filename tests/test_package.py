@@ -83,7 +83,7 @@ CONTRACT = {
     "data": {"load": ["name", "split", "root", "size", "download"], "names": []},
     "training": {
         "fit": ["model", "data", "epochs", "lr", "optimizer", "schedule", "loss", "augment", "seed",
-                "precision", "compile", "checkpoint", "resume", "callbacks", "tracker"],
+                "precision", "checkpoint", "resume", "callbacks"],
         "evaluate": ["model", "data"],
     },
     "unet": {
