@@ -40,7 +40,7 @@ def check_masks(
         i, *place = wrong.nonzero()[0].tolist()
         label, there = int(target[(i, *place)]), f"0…{n_classes - 1}"
         raise ValueError(f"label {label} in mask {i} at {tuple(place)} is no class of {there}; "
-                         "0 and 255: mask > 127; void: ignore_index=")
+                         "try mask > 127 or ignore_index=")
 
 
 def _known(target, ignore_index):
