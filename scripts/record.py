@@ -54,7 +54,7 @@ def show() -> None:
     """A line for each file, hours per chapter, and the cells that have recorded nothing yet."""
     hours, seen = defaultdict(float), set()
     print(f"{'record':<24}{'runs':>5}{'in order':>9}{'hours':>7}{'min/run':>8}  what is not")
-    for path in sorted(RESULTS.glob("*.jsonl")):
+    for path in records.record_files(RESULTS):
         lines = records.read_lines(path)
         record = records.as_record(lines, lines[-1])
         cost = [line["row"]["wall_seconds"] * line["made"]["threads"] / 3600 for line in lines]
@@ -73,7 +73,7 @@ def show() -> None:
 def stale(root: Path) -> dict[str, int]:
     """{file: runs that something speaks against}, for the budget of `make check`."""
     found = {}
-    for path in sorted((root / "results").glob("*.jsonl")):
+    for path in records.record_files(root / "results"):
         lines = records.read_lines(path)
         record = records.as_record(lines, lines[-1])
         found[f"results/{path.name}"] = sum(
@@ -92,13 +92,25 @@ def seconds_of(lines: list[dict], model: str) -> float | None:
     return statistics.median(known) if known else None
 
 
+def name_of(file: str, line: dict) -> str:
+    """FILE/MODEL/SEED, as ONLY= has it."""
+    return f"{file}/{line['model']}/{line['seed']}"
+
+
+def runs_named(folder: Path, name: str) -> list[dict]:
+    """The lines of one run, the latest last."""
+    file = name.partition("/")[0]
+    return [line for line in records.read_lines(folder / file) if name_of(file, line) == name]
+
+
 def differences(old: dict, new: dict) -> list[str]:
     """Where the numbers of two lines differ; times may."""
     plain = lambda line: {**{k: v for k, v in line["row"].items() if k not in TIMES},
                           **{f"history {k}": v for k, v in line["history"].items()
                              if k != "seconds"}}
     a, b = plain(old), plain(new)
-    return [f"{k} was {a.get(k)!r}, is {b.get(k)!r}"[:200] for k in {**a, **b} if a.get(k) != b.get(k)]
+    return [f"{k} was {a.get(k)!r}, is {b.get(k)!r}"[:200] for k in {**a, **b}
+            if a.get(k) != b.get(k)]
 
 
 def tell(what) -> None:
@@ -139,8 +151,9 @@ class Job:
             seconds = seconds_of(lines, model)
             run = {"name": name, "state": state, "seconds": seconds, "net": record["models"][model]}
             if self.plan:
-                more = {"note": "other data or settings"} if not line and (model, seed) in other else {}
-                tell({"run": run | more})
+                if not line and (model, seed) in other:
+                    run["note"] = "other data or settings"
+                tell({"run": run})
             elif records.recorder.folder or state != "done":
                 todo.append((STATES.index(state), (model, seed), seconds or 0))
                 self.before[model, seed] = line
@@ -157,19 +170,19 @@ class Job:
     def run(self) -> None:
         """The statements that the cell needs, then the cell, a statement at a time."""
         space = {"__name__": "__main__", "display": lambda *shown, **options: None}
-        flags = __future__.annotations.compiler_flag
+        flags, file = __future__.annotations.compiler_flag, f"{self.cell.notebook}.ipynb"
         for statement in [*self.cell.above, None, *self.cell.code]:
             if statement is None:
                 records.recorder.choose = self.choose
                 continue
-            code = compile(ast.Module([statement], []), f"{self.cell.notebook}.ipynb", "exec", flags)
-            self.called = False
+            code = compile(ast.Module([statement], []), file, "exec", flags)
             try:
                 exec(code, space)
             except Exception as error:
                 if not self.called:  # what shows all runs may fail as long as some are missing
                     raise
-                tell(f"{type(error).__name__}: {error}"[:200])
+                if not self.plan:
+                    tell(f"{type(error).__name__}: {error}"[:200])
 
 
 def child(job: dict) -> None:
@@ -207,7 +220,7 @@ def listen(process: subprocess.Popen) -> list[dict]:
     for line in process.stdout:
         try:
             said.append(json.loads(line)["job"])
-            if "run" not in said[-1]:
+            if isinstance(said[-1], str):
                 print(f"    {said[-1]}", flush=True)
         except (ValueError, KeyError, TypeError):
             rest.append(line)
@@ -219,13 +232,13 @@ def listen(process: subprocess.Popen) -> list[dict]:
 def plan(cell: Cell, args) -> list[dict]:
     """The runs of a cell that are asked for, with their state and what they take."""
     process = start(cell, args, only=args.only, plan=True)
-    runs = [said["run"] for said in listen(process) if "run" in said]
+    runs = [said["run"] for said in listen(process) if isinstance(said, dict)]
     if process.returncode:
         raise RuntimeError(f"{cell.notebook}, cell {cell.number}, cannot be planned")
     return runs
 
 
-def work(cell: Cell, args, deadline: float, **job) -> bool:
+def work(cell: Cell, args, deadline: float, **job) -> None:
     """Make the runs of a cell in several processes, until they are made or the time is over."""
     shares = [start(cell, args, share=(i, args.jobs), deadline=deadline, **job)
               for i in range(args.jobs)]
@@ -241,7 +254,6 @@ def work(cell: Cell, args, deadline: float, **job) -> bool:
         watch.cancel()
         for process in shares:
             process.kill()
-    return all(p.returncode == 0 for p in shares) or time.time() > deadline
 
 
 def again(cell: Cell, args, runs: list[dict], deadline: float) -> dict[str, list[str] | None]:
@@ -250,14 +262,18 @@ def again(cell: Cell, args, runs: list[dict], deadline: float) -> dict[str, list
     with tempfile.TemporaryDirectory() as folder:
         work(cell, args, deadline, only=[run["name"] for run in runs], folder=folder)
         for run in runs:
-            file, model, seed = run["name"].split("/", 1)[0], *run["name"].split("/", 1)[1].rsplit("/", 1)
-            mine, there = ([line for line in records.read_lines(at / file) if line["model"] == model
-                            and line["seed"] == int(seed)] for at in (Path(folder), RESULTS))
+            mine, there = (runs_named(at, run["name"]) for at in (Path(folder), RESULTS))
             found[run["name"]] = differences(there[-1], mine[-1]) if mine else None
     for name, differs in found.items():
         print(f"  {name}: " + ("was not made" if differs is None else "; ".join(differs)
                                or "all numbers as recorded, to the last digit"))
     return found
+
+
+def made_now(cell: Cell, name: str) -> bool:
+    """Is the last recorded run of this name of today's code?"""
+    lines = runs_named(RESULTS, name)
+    return bool(lines) and lines[-1]["made"].get("digest") == cell.digest
 
 
 def accept(cell: Cell, runs: list[dict], by: str) -> None:
@@ -269,7 +285,7 @@ def accept(cell: Cell, runs: list[dict], by: str) -> None:
         with locked(RESULTS):
             lines = records.read_lines(RESULTS / file)
             for line in lines:
-                if run := named.get(f"{file}/{line['model']}/{line['seed']}"):
+                if run := named.get(name_of(file, line)):
                     line |= {"made": {**line["made"], **stamp}, "net": run["net"]}
             records.write_lines(records.results_file(RESULTS / file), lines)
 
@@ -283,7 +299,8 @@ def handle(cell: Cell, args, deadline: float) -> bool:
     if not runs:
         return True
     print(f"{cell.notebook}, cell {cell.number}: {states}; about {sum(known) / 60:.0f} min"
-          + f" and {len(open_) - len(known)} of unknown length" * (len(open_) > len(known)), flush=True)
+          + f" and {len(open_) - len(known)} of unknown length" * (len(open_) > len(known)),
+          flush=True)
     if args.dry_run:
         for run in open_:
             minutes = f"{run['seconds'] / 60:.1f}" if run["seconds"] else "?"
@@ -301,11 +318,17 @@ def handle(cell: Cell, args, deadline: float) -> bool:
     if args.tier == "page" or (args.only != ["*"] and not open_):
         found = again(cell, args, runs, deadline)
         return args.tier == "page" or all(differs == [] for differs in found.values())
-    return work(cell, args, deadline, only=args.only) if open_ else True
+    if not open_:
+        return True
+    work(cell, args, deadline, only=args.only)
+    left = [run["name"] for run in open_ if not made_now(cell, run["name"])]
+    print(f"  {len(open_) - len(left)} of {len(open_)} runs made", flush=True)
+    return not left or time.time() > deadline - max(known, default=0)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawTextHelpFormatter)
     env = os.environ.get
     parser.add_argument("--chapter", default=env("CHAPTER", ""))
     parser.add_argument("--only", action="append", default=None)
@@ -329,7 +352,8 @@ def main() -> int:
     if data := env("FEEDBACK_NB_DATA"):
         os.environ["FEEDBACK_NB_DATA"] = os.path.abspath(data)  # cells run in nbs/
     code = records.code_state()
-    if not (args.dry_run or args.dirty or args.tier == "page") and (code["dirty"] or not code["commit"]):
+    kept = not (args.dry_run or args.tier == "page")
+    if kept and not args.dirty and (code["dirty"] or not code["commit"]):
         sys.exit("feedback_nb/ holds changes that are in no commit: commit them first, or DIRTY=1")
     limit = args.hours * 3600 + args.minutes * 60
     deadline = time.time() + limit if limit else float("inf")
