@@ -58,6 +58,7 @@ def run(root, *args):
 
     claims.record_of.cache_clear()
     claims.anchors.cache_clear()
+    claims.said.cache_clear()
     said = io.StringIO()
     with mock.patch.object(sys, "argv", ["claims.py", "--root", str(root), *args]):
         with contextlib.redirect_stdout(said):
@@ -144,6 +145,15 @@ def test_a_record_with_other_numbers_breaks_the_seal(project):
     file.write_text(text.replace(row, other), encoding="utf-8")
     code, said = run(project, "--check")
     assert code == 1 and "not those the verdict was made on" in said
+
+
+def test_a_withdrawn_sentence_may_not_come_back(project):
+    path = project / "nbs" / "10_first.ipynb"
+    notebook = nbformat.read(path, 4)
+    notebook.cells[0].source += "\n\nAnd it *surely*\nhelps."
+    nbformat.write(notebook, path)
+    code, said = run(project, "--check")
+    assert code == 1 and "still stands in 10_first.ipynb" in said
 
 
 def test_what_a_seal_ignores(project):
@@ -239,3 +249,28 @@ def test_the_table_is_filtered_and_sorted_in_a_browser(tmp_path):
     caps = sum(claim["paper"] == "caps" for claim in data)
     assert said[:2] == [True, caps] and 0 < said[2] < caps
     assert said[3:] == ["fails", "not measured", "descending"]
+
+
+def test_references_that_cannot_be_found_are_named(project):
+    import references
+
+    assert references.check_references(ROOT) == []
+    bib = project / "nbs" / "references.bib"
+    bib.write_text("@misc{here, title = {A {T}itle}, url = {https://x.org}}\n"
+                   "@misc{lost, title = {No address}}\n@misc{here, title = {Again}, doi = {1}}\n")
+    text = ("## Of [@here; @gone, p. 3] and @fig-one, `@code`, a@b.org\n\n"
+            "```bibtex\n@misc{inside}\n```\n")
+    nbformat.write(new_notebook(cells=[new_markdown_cell(text)]), project / "nbs" / "20_two.ipynb")
+    said = "\n".join(references.check_references(project))
+    assert "here stands twice" in said and "lost has no doi" in said and "cites @gone" in said
+    assert len(said.splitlines()) == 3
+
+
+def test_the_bibliography_is_read_by_pandoc():
+    import pypandoc
+    import references
+
+    path = ROOT / "nbs" / "references.bib"
+    read = json.loads(pypandoc.convert_file(str(path), "csljson", format="bibtex"))
+    known = references.entries(path.read_text(encoding="utf-8"))
+    assert {entry["id"] for entry in read} == {key for key, _ in known} and len(known) >= 80
