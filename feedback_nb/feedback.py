@@ -101,7 +101,6 @@ def _warn_missed(name, found, tol):
         said = f"{name}: {missed} of {len(found.converged)} examples missed tol={tol:g}"
         warnings.warn(f"{said}; largest residual {worst:.2g}", NotConverged, stacklevel=3)
 
-
 # %% ../nbs/01_feedback.ipynb #1599dddc
 #| code-fold: true
 #| code-summary: "Statistics of batch norm for every pass"

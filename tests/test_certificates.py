@@ -225,3 +225,15 @@ def test_hooks_are_no_part_of_a_bound():
         what = f"layer '0', {type(layer).__name__} with hooks"
         with pytest.raises(ValueError, match=what):
             lipschitz_upper(nn.Sequential(layer).eval(), (3,))
+
+
+def test_a_convolution_is_asked_for_and_large_images_have_a_bound():
+    with pytest.raises(TypeError, match="Linear"):
+        conv_norm_bound(nn.Linear(3, 2))
+    pool = nn.AvgPool2d(3, 2, 1).eval()
+    small, large = (lipschitz_upper(pool, (3, n, n)) for n in (16, 130))
+    assert small <= large < 1  # a window stands for three pixels a side, and shares the outer ones
+    assert lipschitz_upper(nn.AvgPool2d(2).eval(), (3, 130, 130)) == pytest.approx(0.5)
+    norm = nn.BatchNorm1d(5000).eval()
+    norm.running_var[7] = 1e-2
+    assert lipschitz_upper(norm, (5000,)) == pytest.approx((1e-2 + norm.eps) ** -0.5)
