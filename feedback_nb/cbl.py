@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ADAPTERS', 'GateAdapter', 'ConcatAdapter', 'AttentionAdapter', 'TokenAdapter', 'moves', 'literal_step',
-           'through_step', 'Context', 'CBL']
+           'through_step', 'Context', 'CBL', 'RNN', 'Recurrent', 'TextBlock', 'TextEncoder', 'cnn', 'default_layers',
+           'resnet18', 'rnn', 'text_encoder', 'torchvision_net', 'vit']
 
 # %% ../nbs/10_cbl.ipynb #34e6f131
 #| code-fold: true
@@ -15,29 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .checks import need_equal, need_known, need_number
 from .feedback import FeedbackModel, State
-from feedback_nb.networks import (  # noqa: F401 (they stay importable from here)
-    RNN,
-    Recurrent,
-    TextBlock,
-    TextEncoder,
-    cnn,
-    default_layers,
-    resnet18,
-    rnn,
-    text_encoder,
-    torchvision_net,
-    vit,
-)
-from feedback_nb.replay import (  # noqa: F401
-    Named,
-    Replay,
-    Site,
-    check_reach,
-    plan_sites,
-    state_of,
-    with_state,
-)
+from .networks import RNN, Recurrent, TextBlock, TextEncoder, cnn, default_layers, resnet18, rnn
+from .networks import text_encoder, torchvision_net, vit
+from .replay import Named, Replay, Site, at_rest, check_reach, state_of, with_state
+
+# %% ../nbs/10_cbl.ipynb #d80cb92a
+_all_ = ["RNN", "Recurrent", "TextBlock", "TextEncoder", "cnn", "default_layers", "resnet18", "rnn",
+         "text_encoder", "torchvision_net", "vit"]  # they stay importable from here
 
 # %% ../nbs/10_cbl.ipynb #ae881bb2
 class GateAdapter(nn.Module):
@@ -46,9 +33,7 @@ class GateAdapter(nn.Module):
     def __init__(self, channels: int, context_dim: int):
         super().__init__()
         self.gate = nn.Linear(context_dim, channels)
-        nn.init.zeros_(
-            self.gate.bias
-        )  # so that the gates start around 1, where the network is the plain one
+        nn.init.zeros_(self.gate.bias)  # gates start around 1, where the network is the plain one
 
     def forward(
         self,
@@ -70,11 +55,9 @@ class ConcatAdapter(nn.Module):
 
     def forward(self, h, z):
         shift = self.context(z)  # W_z z + b once an example, not once a position
-        mixed = (
-            F.linear(h, self.state.weight)
-            if h.dim() == 2
-            else torch.einsum("oc,bc...->bo...", self.state.weight, h)
-        )
+        if h.dim() == 2:
+            return F.linear(h, self.state.weight) + shift
+        mixed = torch.einsum("oc,bc...->bo...", self.state.weight, h)
         return mixed + shift.view(*shift.shape, *[1] * (h.dim() - 2))
 
 # %% ../nbs/10_cbl.ipynb #533129be
@@ -91,9 +74,7 @@ class AttentionAdapter(nn.Module):
     def forward(self, h, z):
         positions = h.flatten(2).transpose(1, 2) if h.dim() > 2 else h[:, None]  # (B, N, channels)
         key, value = (layer(z).unflatten(1, (self.tokens, -1)) for layer in (self.key, self.value))
-        looked = F.scaled_dot_product_attention(
-            self.query(positions), key, value
-        )  # (B, N, channels)
+        looked = F.scaled_dot_product_attention(self.query(positions), key, value)
         return h + looked.transpose(1, 2).reshape(h.shape)
 
 
@@ -119,9 +100,7 @@ class TokenAdapter(nn.Module):
             raise ValueError(f"adapter='token' takes blocks called with (B, N, {width}), got {got}")
         given = {name: mask for name, mask in kwargs.items() if torch.is_tensor(mask)}
         grown = {name: F.pad(given[name], (1, 0)) for name in _PADDING_MASKS if name in given}
-        masks = {
-            name: F.pad(given[name], (1, 0, 1, 0)) for name in _ATTENTION_MASKS if name in given
-        }
+        masks = {n: F.pad(given[n], (1, 0, 1, 0)) for n in _ATTENTION_MASKS if n in given}
         if masks and "is_causal" in kwargs:
             grown["is_causal"] = False  # it was a hint about the mask, which is larger now
         tokens = torch.cat([token.to(tokens.dtype), tokens], 1)
@@ -208,19 +187,13 @@ class Context(nn.Module):
 
 # %% ../nbs/10_cbl.ipynb #21d4c64f
 #| code-fold: true
-#| code-summary: "Helpers that check α and build the adapters"
-def _check_alpha(alpha):
-    if not 0 <= float(alpha) <= 1:
-        raise ValueError(f"alpha must be in [0, 1] (1 keeps the old state), got {alpha}")
-    return float(alpha)
-
-
+#| code-summary: "A helper that builds the adapters"
 def _make_adapter(adapter, site, context_dim, flow):
     known = {**ADAPTERS, "token": TokenAdapter}
-    if isinstance(adapter, str) and adapter not in known:
-        raise ValueError(f"no adapter {adapter!r}; take one of {', '.join(known)}, or a factory")
-    made = known[adapter] if isinstance(adapter, str) else adapter
-    made = made(site.channels, context_dim)
+    if isinstance(adapter, str):
+        need_known(adapter, known, "adapter and no factory")
+        adapter = known[adapter]
+    made = adapter(site.channels, context_dim)
     if not isinstance(made, nn.Module):
         got = type(made).__name__
         raise ValueError(f"the adapter factory gave {got} for {site.layer!r}, not a Module (h, z)")
@@ -229,70 +202,9 @@ def _make_adapter(adapter, site, context_dim, flow):
         raise ValueError(f"adapter='token' needs flow='through' and tokens (B, N, D), got {found}")
     return made
 
-# %% ../nbs/10_cbl.ipynb #4692d967
-class CBL(FeedbackModel):
-    """Contextual Backpropagation Loops around any network: its output refines named layers."""
-
-    def __init__(
-        self,
-        net: nn.Module,  # x -> logits (B, C); wrapped, not copied: it works on its own as before
-        layers: list[str] | None = None,  # layers to refine; None: `default_layers(net, example)`
-        *,
-        example,  # one batch as `net` takes it, on its device; a tuple or dict of several inputs
-        context_dim: int = 64,  # size of z
-        steps: int = 4,  # T
-        alpha: float = 0.5,  # blend in [0, 1]: how much of the old state stays
-        adapter: str | Callable = "gate",  # "gate", "concat", "attention", "token", or a factory
-        flow: str = "through",  # "through" (section 3.9) or "literal" (eqs. 7-8)
-        tol: float | None = None,  # in eval mode an example stops at this residual
-        check_finite: bool = True,  # raise when an output is not finite
-        learn_alpha: bool = True,  # whether α is trained
-        context: nn.Module | None = None,  # g, (B, C) to (B, context_dim); None: a `Context`
-        channel_dims: dict[str, int] | None = None,  # {layer: where its channels are}, if known
-    ):
-        super().__init__(steps, tol, check_finite)
-        layers = default_layers(net, example) if layers is None else layers
-        if isinstance(layers, str) or not layers:
-            raise ValueError(f"layers must be a list of at least one layer name, got {layers!r}")
-        if flow not in ("through", "literal"):
-            raise ValueError(f"flow must be 'through' or 'literal', got {flow!r}")
-        edited = (lambda sites: sites[-1:]) if flow == "literal" else list
-        self.net, self.flow = net, flow
-        self.replay = Replay(net, layers, example, edited=edited, channel_dims=channel_dims)
-        self.sites = self.replay.sites
-        if not isinstance(self.replay.shape, torch.Size) or len(self.replay.shape) < 2:
-            raise ValueError(f"CBL needs logits (B, C, …), {type(net).__name__} returns others")
-        check_reach(self.replay, example)
-        self.alpha_raw = nn.Parameter(torch.tensor(_check_alpha(alpha)), requires_grad=learn_alpha)
-        self.context = Context(self.replay.shape[1], context_dim) if context is None else context
-        self.adapters = Named({})
-        for name, site in {site.layer: site for site in self.sites.values()}.items():
-            self.adapters[name] = _make_adapter(adapter, site, context_dim, flow)
-        self.to(self.replay.device)
-        self.context.to(self.replay.dtype), self.adapters.to(self.replay.dtype)
-
-    @property
-    def alpha(self) -> torch.Tensor:
-        """The blend, in [0, 1]; assign a number to set it."""
-        return (self.alpha_raw - self.alpha_raw.detach()) + self.alpha_raw.detach().clamp(0, 1)
-
-    @alpha.setter
-    def alpha(self, value):
-        with torch.no_grad():
-            self.alpha_raw.fill_(_check_alpha(value))
-
-    def blend(self, old, new):
-        """α h + (1-α) ψ."""
-        return torch.lerp(new.to(old.dtype), old, self.alpha.to(old.dtype))
-
-    def refined(self, site: Site, h, z):
-        """ψ(h, z), with the channels in dimension 1 for the adapter."""
-        h = h.movedim(site.dim, 1)
-        new = self.adapters[site.layer](h, z)
-        if new.shape != h.shape:
-            got, wanted = tuple(new.shape), tuple(h.shape)
-            raise ValueError(f"the adapter of {site.layer!r} returned {got}, expected {wanted}")
-        return new.movedim(1, site.dim)
+# %% ../nbs/10_cbl.ipynb #86fd86ce
+class _Runs(FeedbackModel):
+    """The passes of a CBL: what they run, where they start, which flow they follow."""
 
     def run(self, x, memo, functions, **options):
         """One pass of the network, with a function for each refined layer: its output."""
@@ -319,3 +231,74 @@ class CBL(FeedbackModel):
     def step(self, x, state, t) -> State:
         """One refinement, by the flow of this model."""
         return (through_step if self.flow == "through" else literal_step)(self, x, state)
+
+# %% ../nbs/10_cbl.ipynb #13d8f3ac
+class _Blends(_Runs):
+    """What the steps of both flows need: ψ with the channels where they belong, and the blend."""
+
+    @property
+    def alpha(self) -> torch.Tensor:
+        """The blend, in [0, 1]; assign a number to set it."""
+        return (self.alpha_raw - self.alpha_raw.detach()) + self.alpha_raw.detach().clamp(0, 1)
+
+    @alpha.setter
+    def alpha(self, value):
+        need_number(0, 1, alpha=value)
+        with torch.no_grad():
+            self.alpha_raw.fill_(value)
+
+    def blend(self, old, new):
+        """α h + (1-α) ψ."""
+        return torch.lerp(new.to(old.dtype), old, self.alpha.to(old.dtype))
+
+    def refined(self, site: Site, h, z):
+        """ψ(h, z), with the channels in dimension 1 for the adapter."""
+        h = h.movedim(site.dim, 1)
+        new = self.adapters[site.layer](h, z)
+        need_equal(tuple(new.shape), tuple(h.shape), f"sizes from the adapter of {site.layer!r}")
+        return new.movedim(1, site.dim)
+
+# %% ../nbs/10_cbl.ipynb #4692d967
+class CBL(_Blends):
+    """Contextual Backpropagation Loops around any network: its output refines named layers."""
+
+    def __init__(
+        self,
+        net: nn.Module,  # x -> logits (B, C); wrapped, not copied: it works on its own as before
+        layers: list[str] | None = None,  # layers to refine; None: `default_layers(net, example)`
+        *,
+        example,  # one batch as `net` takes it, on its device; a tuple or dict of several inputs
+        context_dim: int = 64,  # size of z
+        steps: int = 4,  # T
+        alpha: float = 0.5,  # blend in [0, 1]: how much of the old state stays
+        adapter: str | Callable = "gate",  # "gate", "concat", "attention", "token", or a factory
+        flow: str = "through",  # "through" (section 3.9) or "literal" (eqs. 7-8)
+        tol: float | None = None,  # in eval mode an example stops at this residual
+        check_finite: bool = True,  # raise when an output is not finite
+        learn_alpha: bool = True,  # whether α is trained
+        context: nn.Module | None = None,  # g, (B, C) to (B, context_dim); None: a `Context`
+        channel_dims: dict[str, int] | None = None,  # {layer: where its channels are}, if known
+    ):
+        super().__init__(steps, tol, check_finite)
+        layers = default_layers(net, example) if layers is None else layers
+        if isinstance(layers, str) or not layers:
+            raise ValueError(f"layers must be a list of at least one layer name, got {layers!r}")
+        need_known(flow, ("through", "literal"), "flow")
+        need_number(0, 1, alpha=alpha)
+        edited = (lambda sites: sites[-1:]) if flow == "literal" else list
+        self.net, self.flow = net, flow
+        self.replay = Replay(net, layers, example, edited=edited, channel_dims=channel_dims)
+        self.sites, logits = self.replay.sites, self.replay.shape
+        if not isinstance(logits, torch.Size) or len(logits) < 2:
+            raise ValueError(f"CBL needs logits (B, C, …), {type(net).__name__} returns others")
+        check_reach(self.replay, example)
+        self.alpha_raw = nn.Parameter(torch.tensor(float(alpha)), requires_grad=learn_alpha)
+        self.context = Context(logits[1], context_dim) if context is None else context
+        self.adapters = Named({})
+        for name, site in {site.layer: site for site in self.sites.values()}.items():
+            self.adapters[name] = _make_adapter(adapter, site, context_dim, flow)
+        self.to(self.replay.device)
+        self.context.to(self.replay.dtype), self.adapters.to(self.replay.dtype)
+        with at_rest(self.context):
+            z = self.context(torch.zeros(logits, device=self.replay.device, dtype=self.replay.dtype))
+        need_equal(tuple(z.shape), (logits[0], context_dim), "sizes from the context")

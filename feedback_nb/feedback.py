@@ -13,9 +13,9 @@ __all__ = ['State', 'PassStatistics', 'record', 'FeedbackModel', 'find_non_finit
 import copy
 import math
 import operator
-import threading
 import uuid
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from itertools import count, islice
@@ -27,18 +27,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .checks import need_number, need_tolerance
 from .fixed_points import NotConverged, Trajectory, relative_residual
-from feedback_nb.replay import (
-    Call,
-    Splice,
-    Taps,
-    edit,
-    find_layers,
-    layer_shapes,
-    settled_before,
-    tap,
-    trace_calls,
-)
+from .replay import Call, Running, Splice, StandIn, Taps, edit, find_layers, layer_shapes
+from .replay import settled_before, tap, trace_calls
 
 # %% ../nbs/01_feedback.ipynb #989428ef
 _all_ = ["Trajectory", "NotConverged", "Call", "Splice", "Taps", "edit", "find_layers",
@@ -60,21 +52,6 @@ def _where(active, new, old):
         return torch.where(active.view(-1, *[1] * (a.dim() - 1)), a, b) if torch.is_tensor(a) else a
 
     return tree_map(pick, new, old)
-
-
-def _check_steps(steps):
-    if isinstance(steps, bool) or not hasattr(steps, "__index__") or steps < 0:
-        raise ValueError(f"steps must be a whole number ≥ 0 (0: the plain pass), got {steps!r}")
-    return operator.index(steps)
-
-
-def _check_tol(tol):
-    """None for None and False, else the number."""
-    if tol is None or tol is False:
-        return None
-    if isinstance(tol, bool) or not 0 <= tol < math.inf:
-        raise ValueError(f"tol must be a finite number ≥ 0, or False for none, got {tol!r}")
-    return tol
 
 
 @torch.no_grad()
@@ -104,21 +81,37 @@ def _warn_missed(name, found, tol):
 # %% ../nbs/01_feedback.ipynb #1599dddc
 #| code-fold: true
 #| code-summary: "Statistics of batch norm for every pass"
-_thread = threading.local()  # .running: (statistics, pass, is it computed a second time)
+class _Weak:
+    """A reference that keeps nothing alive, but follows copies and pickles."""
+
+    def __init__(self, thing):
+        self.find = weakref.ref(thing)
+
+    def __getstate__(self):
+        return {"thing": self.find()}
+
+    def __setstate__(self, state):
+        self.find = (lambda: None) if state["thing"] is None else weakref.ref(state["thing"])
 
 
-class _PassNorm:
-    """Stands in for the `forward` of one batch norm: reads and moves the running pass's set."""
+class _PassNorm(StandIn):
+    """Reads and moves the statistics of the pass: (statistics, pass, is it run again) is running."""
 
     def __init__(self, layer):
-        self.layer, self.names = layer, {}  # names: {token of a model's statistics: its name there}
-        self.inner = layer.__dict__.get("forward")  # another stand-in, when there is one
+        super().__init__(layer)
+        self.users = []  # statistics with a set for this layer, which begin anew when it is loaded
+        layer.register_load_state_dict_post_hook(self.loaded)
+
+    def loaded(self, layer, keys):
+        for statistics in [user.find() for user in self.users]:
+            if statistics is not None:
+                statistics.restart(layer)
 
     def __call__(self, x):
-        layer, (statistics, t, again) = self.layer, getattr(_thread, "running", (None, 0, False))
+        layer, (statistics, t, again) = self.layer, Running.now_of("norms") or (None, 0, False)
         name = None if statistics is None else self.names.get(statistics.token)
         if name is None or not (t or again):
-            return self.inner(x) if self.inner else type(layer).forward(layer, x)
+            return self.forward(x)
         sets = statistics.of(name, t)
         mean, var, count = [b.clone() for b in sets] if again else sets  # run twice, count once
         if type(layer).forward is not _BatchNorm.forward:
@@ -133,30 +126,16 @@ class _PassNorm:
         weight, bias, training = layer.weight, layer.bias, layer.training
         return F.batch_norm(x, mean, var, weight, bias, training, momentum or 0.0, layer.eps)
 
-
-class _Running:
-    """Sets the pass of this thread inside a `with` block."""
-
-    def __init__(self, *now):
-        self.now = now
-
-    def __enter__(self):
-        self.before = getattr(_thread, "running", (None, 0, False))
-        _thread.running = self.now
-
-    def __exit__(self, *error):
-        _thread.running = self.before
-
 # %% ../nbs/01_feedback.ipynb #bcd04d6b
 #| code-fold: true
 #| code-summary: "Where the sets are kept, loaded and copied"
-def _stand_in(layer):
+def _stand_in(layer, statistics):
     """The layer's `_PassNorm`, which all models that share the layer share."""
     found = layer.__dict__.get("forward")
     while found is not None and not isinstance(found, _PassNorm):
         found = getattr(found, "inner", None)
-    if found is None:
-        found = layer.forward = _PassNorm(layer)
+    found = _PassNorm(layer) if found is None else found
+    found.users = [user for user in found.users if user.find() is not None] + [_Weak(statistics)]
     return found
 
 
@@ -176,8 +155,7 @@ class PassStatistics(nn.Module):
             if isinstance(layer, _NormBase) and layer.running_mean is not None:
                 key = path.replace(".", "/")
                 if self.layers.get(key) is not layer:  # what is known and trained stays as it is
-                    self.layers[key], _stand_in(layer).names[self.token] = layer, key
-                    layer.register_load_state_dict_post_hook(self.restart)
+                    self.layers[key], _stand_in(layer, self).names[self.token] = layer, key
                     self.restart(layer)
 
     def restart(self, *loaded):
@@ -216,7 +194,8 @@ class _Passes(nn.Module):
 
     def __init__(self, steps):
         super().__init__()
-        self.steps = _check_steps(steps)
+        need_number(0, whole=True, steps=steps)
+        self.steps = operator.index(steps)
         self.statistics = None  # a `PassStatistics`, as soon as there is a batch norm
 
     def __setattr__(self, name, value):
@@ -231,7 +210,8 @@ class _Passes(nn.Module):
 
     def passing(self, t, again=False):
         """A block in which batch norms use the statistics of pass t (again: and count nothing)."""
-        return nullcontext() if self.statistics is None else _Running(self.statistics, t, again)
+        now = self.statistics, t, again
+        return nullcontext() if self.statistics is None else Running("norms", now)
 
 # %% ../nbs/01_feedback.ipynb #62c20c9c
 def record(
@@ -268,8 +248,8 @@ def record(
     return Trajectory(outputs, residuals, hidden if keep else None, n_steps, converged)
 
 # %% ../nbs/01_feedback.ipynb #1cb3a5f8
-class FeedbackModel(_Passes):
-    """A network that refines its own hidden states: subclasses write `start` and `step`."""
+class _Loop(_Passes):
+    """What a method writes, `start` and `step`, and the loop over them."""
 
     def __init__(
         self,
@@ -278,7 +258,7 @@ class FeedbackModel(_Passes):
         check_finite: bool = True,  # raise when an output is not finite (one host sync a call)
     ):
         super().__init__(steps)
-        self.tol, self.check_finite = _check_tol(tol), check_finite
+        self.tol, self.check_finite = need_tolerance(tol), check_finite
 
     def start(self, x, *, states=False, **context) -> State:
         """The plain pass: t = 0. `states` asks for all hidden states, also unused ones."""
@@ -310,6 +290,10 @@ class FeedbackModel(_Passes):
             with self.passing(t + 1):
                 state = self.step(x, state, t, **context)
 
+# %% ../nbs/01_feedback.ipynb #e7fc68c4
+class _Probed(_Loop):
+    """What looks at a model from outside: its step as a map, its outputs as numbers."""
+
     def map(
         self,
         x,  # the input, (B, …)
@@ -325,6 +309,18 @@ class FeedbackModel(_Passes):
 
         return phi, (first.h, first.y)
 
+    def check(self, x, outputs, **context):
+        """`FloatingPointError` that names layer and step when an output is not finite."""
+        with torch.no_grad():
+            leaves = [leaf for leaf in tree_leaves(outputs) if torch.is_tensor(leaf)]
+            fine = torch.stack([leaf.isfinite().all() for leaf in leaves]).all()
+        if not fine:
+            raise FloatingPointError(find_non_finite(self, x, len(outputs) - 1, **context))
+
+# %% ../nbs/01_feedback.ipynb #66539c39
+class FeedbackModel(_Probed):
+    """A network that refines its own hidden states: subclasses write `start` and `step`."""
+
     def trajectory(
         self,
         x,  # the input, (B, …)
@@ -335,13 +331,20 @@ class FeedbackModel(_Passes):
         **context,  # as for `states`
     ) -> Trajectory:  # outputs of t = 0…T, fewer when all examples have settled
         """The plain pass and T refinements; `NotConverged` warns when a tolerance was missed."""
-        steps = _check_steps(self.steps if steps is None else steps)
-        tol = None if self.training else _check_tol(self.tol if tol is None else tol)
-        loop = self.states(x, whole=states, **context)
-        found = record(islice(loop, steps + 1), tol=tol, measured=self.measured, keep=states)
-        if self.check_finite and not _no_numbers(found.outputs):
+        steps = self.steps if steps is None else steps
+        need_number(0, whole=True, steps=steps)
+        if self.training and tol and not torch.compiler.is_compiling():
+            why = "in train mode no example halts; call eval() first"
+            warnings.warn(f"tol={tol:g} has no effect: {why}", stacklevel=2)
+        tol = need_tolerance(self.tol if tol is None else tol)
+        tol = None if self.training else tol
+        loop = islice(self.states(x, whole=states, **context), operator.index(steps) + 1)
+        found = record(loop, tol=tol, measured=self.measured, keep=states)
+        if _no_numbers(found.outputs):
+            return found
+        if self.check_finite:
             self.check(x, found.outputs, **context)
-        if tol is not None and not _no_numbers(found.outputs):
+        if tol is not None:
             _warn_missed(type(self).__name__, found, tol)
         return found
 
@@ -360,20 +363,16 @@ class FeedbackModel(_Passes):
         why = "nn.DataParallel cannot copy what stands in for a layer"
         raise RuntimeError(f"{why}; use DistributedDataParallel, or fit(…) of chapter 03")
 
-    def check(self, x, outputs, **context):
-        """`FloatingPointError` that names layer and step when an output is not finite."""
-        with torch.no_grad():
-            leaves = [leaf for leaf in tree_leaves(outputs) if torch.is_tensor(leaf)]
-            fine = torch.stack([leaf.isfinite().all() for leaf in leaves]).all()
-        if not fine:
-            raise FloatingPointError(find_non_finite(self, x, len(outputs) - 1, **context))
-
 # %% ../nbs/01_feedback.ipynb #dcf25e1f
 def _bad_examples(tree):
     """Indices of the examples that hold a value that is not finite."""
     leaves = [leaf for leaf in tree_leaves(tree) if torch.is_tensor(leaf) and leaf.dim()]
     bad = [(~leaf.isfinite()).flatten(1).any(1) for leaf in leaves if leaf.is_floating_point()]
     return torch.stack(bad).any(0).nonzero().flatten().tolist() if bad else []
+
+
+def _named(bad):
+    return f"example{'s' * (len(bad) > 1)} {', '.join(map(str, bad[:5]))}{' …' * (len(bad) > 5)}"
 
 
 def _where_not_finite(states, steps):
@@ -384,10 +383,6 @@ def _where_not_finite(states, steps):
         for place, tree in (places | {"the output": state.y}).items():
             if bad := _bad_examples(tree):
                 return f"{place} is not finite at step {t} of {steps} ({_named(bad)})"
-
-
-def _named(bad):
-    return f"example{'s' * (len(bad) > 1)} {', '.join(map(str, bad[:5]))}{' …' * (len(bad) > 5)}"
 
 
 @torch.no_grad()

@@ -198,9 +198,9 @@ def test_alpha_stays_in_the_unit_interval_and_comes_back():
     model.alpha = 1
     assert model.alpha.item() == 1.0
     for wrong in (-0.001, 1.001, float("nan")):
-        with pytest.raises(ValueError, match=r"alpha must be in \[0, 1\]"):
+        with pytest.raises(ValueError, match="alpha must be"):
             model.alpha = wrong
-        with pytest.raises(ValueError, match=r"alpha must be in \[0, 1\]"):
+        with pytest.raises(ValueError, match="alpha must be"):
             CBL(cnn(1), example=torch.zeros(1, 1, 8, 8), alpha=wrong)
     still = CBL(cnn(1, width=2), example=torch.zeros(1, 1, 8, 8), learn_alpha=False)
     assert not still.alpha_raw.requires_grad
@@ -336,12 +336,13 @@ X = torch.zeros(1, 3, 16, 16)
         bad(lambda: CBL(cnn(3), ["stage1", "stage1"], example=X), ValueError, "named twice"),
         bad(lambda: CBL(cnn(1), ["stage1"], example=X), RuntimeError, r"the example, \(1, 3, 16, 16\)"),
         bad(lambda: CBL(cnn(3), ["stage1"], example=X[0, 0]), RuntimeError, r"the example, \(16, 16\)"),
-        bad(lambda: CBL(Speech(), ["rnn", "head"], example=torch.zeros(1, 4, 9), flow="loop"), ValueError, "flow must be 'through' or 'literal', got 'loop'"),
+        bad(lambda: CBL(Speech(), ["rnn", "head"], example=torch.zeros(1, 4, 9), flow="loop"), ValueError, "'loop'.*through, literal"),
         bad(lambda: CBL(cnn(), example=X, steps=-1), ValueError, "steps must be a whole number"),
-        bad(lambda: CBL(cnn(), example=X, adapter="gates"), ValueError, "no adapter 'gates'"),
+        bad(lambda: CBL(cnn(), example=X, adapter="gates"), ValueError, "'gates'.*gate, concat"),
         bad(lambda: CBL(cnn(), example=X, adapter=lambda channels, context_dim: 3), ValueError, "int for 'stage1'"),
-        bad(lambda: CBL(cnn(width=2), example=X, adapter=lambda c, d: Wrong())(X), ValueError, r"'stage1' returned \(1, 1\)"),
+        bad(lambda: CBL(cnn(width=2), example=X, adapter=lambda c, d: Wrong())(X), ValueError, r"'stage1'.*\(1, 1\)"),
         bad(lambda: CBL(nn.Sequential(nn.Flatten(), Halves()), ["0"], example=X), ValueError, "logits"),
+        bad(lambda: CBL(cnn(3), example=X, context=nn.Linear(10, 32)), ValueError, r"context.*\(1, 64\), got \(1, 32\)"),
     ],
 )
 def test_bad_input_is_named(make, error, message):

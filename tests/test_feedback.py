@@ -1,9 +1,12 @@
 """The shared idea: taps and edits of named layers, silent splices, the loop, the loss over steps."""
 
 import copy
+import gc
 import io
 import pickle
 import threading
+import warnings
+import weakref
 from itertools import islice
 
 import pytest
@@ -138,6 +141,16 @@ def test_a_tolerance_is_a_number_or_false(tol):
         Affine([0.5], tol=tol)
     with pytest.raises(ValueError, match="tol"):
         Affine([0.5]).eval().trajectory(torch.ones(1, 1, dtype=torch.float64), tol=tol)
+
+
+def test_a_tolerance_in_train_mode_says_that_it_has_no_effect():
+    x = torch.ones(1, 1, dtype=torch.float64)
+    with pytest.warns(UserWarning, match="train mode"):
+        assert len(Affine([0.1], steps=9).trajectory(x, tol=0.5).outputs) == 10
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Affine([0.1], tol=0.5).trajectory(x)  # the model's own waits for eval mode
+        Affine([0.1], tol=0.5).trajectory(x, tol=False)
 
 
 # The loop is one generator; the map is its step
@@ -348,3 +361,22 @@ def test_a_module_assigned_later_leaves_the_trained_statistics_alone():
     model.net = model.net
     assert all(torch.equal(model.statistics.state_dict()[name], value) for name, value in before.items())
     assert "extra/0" in model.statistics.layers
+
+
+def test_many_wraps_of_a_network_leave_one_hook_a_layer_and_keep_no_model_alive():
+    net, x = cnn(3, 5, width=4, hidden=8), photos()
+    wrap = lambda: CBL(net, ["stage2"], example=x[:1], steps=1)
+    kept, gone = wrap(), [weakref.ref(wrap().statistics) for _ in range(3)]
+    gc.collect()
+    norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert all(len(norm._load_state_dict_post_hooks) == 1 for norm in norms)
+    assert not any(statistics() for statistics in gone)
+    wrap()
+    assert all(len(norm.forward.users) <= 2 for norm in norms)  # `kept`, and the last one
+    net.load_state_dict(cnn(3, 5, width=4, hidden=8).state_dict())
+    for model in (kept, copy.deepcopy(kept), pickle.loads(pickle.dumps(kept))):
+        plain = copy.deepcopy(model.net).train()
+        plain(x)
+        model.net.load_state_dict(plain.state_dict())
+        mean = model.net.stage3[1].running_mean
+        assert torch.equal(model.statistics.of("net/stage3/1", 1)[0], mean) and mean.any()
