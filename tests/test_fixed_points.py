@@ -429,10 +429,10 @@ def test_anderson_does_nothing_wrong_at_a_fixed_point():
         ({"damping": 1.0}, r"damping.*\[0, 1\)"),
         ({"damping": -0.1}, r"damping.*-0.1"),
         ({"damping": math.nan}, r"damping.*nan"),
-        ({"solver": "andersen"}, "solver.*'picard'.*'anderson'.*'andersen'"),
+        ({"solver": "andersen"}, "'andersen'.*solver.*picard, anderson"),
         ({"memory": 0}, "memory.*0"),
         ({"memory": False}, "memory.*False"),
-        ({"keep": "none"}, "keep.*'all'.*'last'.*'none'"),
+        ({"keep": "none"}, "'none'.*keep.*all, last"),
     ],
 )
 def test_options_out_of_range_are_named(options, says):
@@ -593,7 +593,7 @@ def test_lipschitz_says_when_it_has_not_settled_or_cannot():
         low = lipschitz(lambda h: W @ h, torch.zeros(40, dtype=F64), iters=3)
     assert low < 1
     for options in ({"iters": 0}, {"starts": 0}):
-        with pytest.raises(ValueError, match="iters and starts"):
+        with pytest.raises(ValueError, match="iters|starts"):
             lipschitz(torch.cos, torch.ones(2), **options)
     with pytest.raises(FloatingPointError, match="Jacobian"):
         lipschitz(torch.sqrt, torch.zeros(2))

@@ -752,14 +752,14 @@ def test_weights_are_fetched_once_and_checked(server, tmp_path):
     assert fetch_weights(address + name, tmp_path / "cache") == path and len(asked) == 1
     assert fetch_weights((folder / name).as_uri(), tmp_path / "other").read_bytes() == path.read_bytes()
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="is damaged.*delete it"):
+    with pytest.raises(ValueError, match="small.*delete it"):
         fetch_weights(address + name, tmp_path / "cache")
-    with pytest.raises(ValueError, match="false-0123456789.pth gave another file"):
+    with pytest.raises(ValueError, match="false-0123456789.pth"):
         fetch_weights(address + "false-0123456789.pth", tmp_path / "cache")
     with pytest.raises(OSError, match=r"404[\s\S]*could not be fetched"):
         fetch_weights(address + "gone-0123456789.pth", tmp_path / "cache")
     assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == [name]  # no rubble
-    with pytest.raises(ValueError, match="holds no checksum"):
+    with pytest.raises(ValueError, match="weights.pth.*no checksum"):
         fetch_weights(address + "weights.pth", tmp_path)
 
 
@@ -860,8 +860,8 @@ small = lambda **options: LRM(tiny(), CONNECTIONS, example=X, **options)
         wrong(lambda: small()(torch.zeros(1, 3, 1, 1)), r"\(1, 3, 1, 1\).*\(1, 3, 32, 32\)", RuntimeError),
         wrong(lambda: small()(torch.zeros(1, 4, 32, 32)), r"\(1, 4, 32, 32\)", RuntimeError),
         wrong(lambda: small()(X, steer=Signal("features.0", torch.zeros(1, 10))), "'features.0'.*classifier.2"),
-        wrong(lambda: small()(X, steer=Signal("classifier.2", torch.zeros(1, 9), blend=1, from_first_pass=True)), "10 channels"),
-        wrong(lambda: small()(X, steer=Signal("classifier.2", torch.zeros(3, 10), from_first_pass=True)), "3 vectors for a batch of 1"),
+        wrong(lambda: small()(X, steer=Signal("classifier.2", torch.zeros(1, 9), blend=1, from_first_pass=True)), "channels.*10"),
+        wrong(lambda: small()(X, steer=Signal("classifier.2", torch.zeros(3, 10), from_first_pass=True)), "3.*number of vectors"),
         wrong(lambda: alexnet_lrm(4), "level"),
         wrong(lambda: alexnet_lrm(1, "published", motif="paper"), "published"),
     ],
