@@ -22,18 +22,22 @@ BOUNDS = {"caps, autograd": 0.95, "caps, local_backward": 1.30, "caps, local_bac
 
 
 class Saved:
-    """The largest number of bytes that autograd holds at one time, each storage once, without weights and input."""
+    """The largest number of bytes that autograd holds at one time, each storage once, without
+    weights and input."""
 
     def __init__(self, model, x):
-        self.own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), x)}
+        self.own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(),
+            x)}
         self.users, self.now, self.peak = {}, 0, 0
 
     def pack(self, tensor):
         # detached: the tensor itself would be a circle of graph and hook that is never freed
-        return tensor.detach() if tensor.untyped_storage().data_ptr() in self.own else Held(self, tensor.detach())
+        return tensor.detach() if tensor.untyped_storage().data_ptr() in self.own else Held(self,
+            tensor.detach())
 
     def of(self, step):
-        with torch.autograd.graph.saved_tensors_hooks(self.pack, lambda held: held.tensor if isinstance(held, Held) else held):
+        with torch.autograd.graph.saved_tensors_hooks(self.pack, lambda held:
+            held.tensor if isinstance(held, Held) else held):
             step()
         return self.peak
 
@@ -65,7 +69,8 @@ def steps(depth, args):
     models = {}
     for rule in ("bp", "caps", "full", "local"):
         torch.manual_seed(0)
-        models[rule] = vgg(depth, multiplier=args.multiplier, width=round(1024 * args.multiplier), rule=rule).to(args.device, **LAYOUT)
+        models[rule] = vgg(depth, multiplier=args.multiplier, width=round(1024 * args.multiplier),
+                           rule=rule).to(args.device, **LAYOUT)
     keep = len(models["caps"].blocks) - STAGES[depth][0]  # all but the blocks with the largest maps
     autograd = lambda model, x, y: model.loss(x, y).backward()
     local = lambda model, x, y: model.local_backward(x, y)
@@ -75,7 +80,8 @@ def steps(depth, args):
         "full": (models["full"], autograd),
         "caps, autograd": (models["caps"], autograd),
         "caps, local_backward": (models["caps"], local),
-        "caps, local_backward, keep": (models["caps"], lambda model, x, y: model.local_backward(x, y, keep=keep)),
+        "caps, local_backward, keep": (models["caps"],
+                                       lambda model, x, y: model.local_backward(x, y, keep=keep)),
         "local": (models["local"], local),
     }
 
@@ -93,17 +99,21 @@ def seconds(model, step, x, y, device):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depths", type=int, nargs="+", default=[6, 11, 16, 19])
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--multiplier", type=float, default=1 / 4)
-    parser.add_argument("--rounds", type=int, default=7, help="rounds of all steps in turn; the median counts")
-    parser.add_argument("--record", type=Path, help="write the rows to this JSON file (results/bench_caps.json)")
+    parser.add_argument("--rounds", type=int, default=7,
+                        help="rounds of all steps in turn; the median counts")
+    parser.add_argument("--record", type=Path,
+                        help="write the rows to this JSON file (results/bench_caps.json)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     generator = torch.Generator().manual_seed(0)
-    x = torch.rand(args.batch, 3, args.size, args.size, generator=generator).to(args.device).contiguous(**LAYOUT)
+    x = torch.rand(args.batch, 3, args.size, args.size,
+                   generator=generator).to(args.device).contiguous(**LAYOUT)
     y = torch.randint(10, (args.batch,), generator=generator).to(args.device)
     rows = []
     for depth in args.depths:
@@ -116,7 +126,8 @@ def main(argv=None):
             model.zero_grad(set_to_none=True)
             ratios = [t / floor for t, floor in zip(times[name], times["bp"])]
             saved = Saved(model, x).of(lambda model=model, step=step: step(model, x, y))
-            row = {"depth": depth, "step": name, "times bp": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)}
+            row = {"depth": depth, "step": name, "times bp": statistics.median(ratios),
+                   "lowest": min(ratios), "highest": max(ratios)}
             row |= {"ms": 1e3 * statistics.median(times[name]), "saved MiB": saved / 2**20}
             rows.append({**row, "bound": BOUNDS.get(name) if depth == 16 else None})
             show(rows[-1])
@@ -124,11 +135,13 @@ def main(argv=None):
     local = "caps, local_backward"
     shares = {}
     if {11, 16, 19} <= set(args.depths):
-        shares = {"VGG19 / VGG11, local_backward": memory[19, local] / memory[11, local], "VGG16, local_backward / bp": memory[16, local] / memory[16, "bp"]}
+        shares = {"VGG19 / VGG11, local_backward": memory[19, local] / memory[11, local],
+                  "VGG16, local_backward / bp": memory[16, local] / memory[16, "bp"]}
         show(shares)
     if args.record:
         clock = "CPU time of the process" if args.device == "cpu" else "wall clock"
-        record(args.record, args, ("depths", "batch", "size", "multiplier", "rounds"), rows, clock=clock, **shares)
+        record(args.record, args, ("depths", "batch", "size", "multiplier", "rounds"), rows,
+               clock=clock, **shares)
 
 
 if __name__ == "__main__":

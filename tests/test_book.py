@@ -1,4 +1,5 @@
-"""The offline book: a small one is made here, every page of the real one is read where it has been made, a real browser looks where there is one."""
+"""The offline book: a small one is made here, every page of the real one is read where it has
+been made, a real browser looks where there is one."""
 import functools
 import json
 import os
@@ -14,13 +15,16 @@ import small_project
 from bs4 import BeautifulSoup
 from small_project import ROOT, SCRIPTS, copy_of
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome",
+                                               "chrome"))), None)
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome on the PATH")
 
 
 def run(root, *args):
     # the project's own package must be importable in its notebooks
-    return subprocess.run([sys.executable, SCRIPTS / "book.py", "--root", root, *args], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(root)})
+    return subprocess.run([sys.executable, SCRIPTS / "book.py", "--root", root, *args],
+                          capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(root)})
 
 
 @pytest.fixture(scope="session")
@@ -52,7 +56,8 @@ def page(path):
 def real_pages():
     "The pages of this project's own book; none when it was not made, or is not whole because it is being made or was stopped."
     pages = sorted(p for p in (ROOT / "_book").glob("*.html") if not p.name.startswith("."))
-    return pages if {re.sub(r"^\d+_", "", p.stem) for p in (ROOT / "nbs").glob("*.ipynb")} == {p.stem for p in pages} else []
+    return pages if {re.sub(r"^\d+_", "", p.stem) for p in (ROOT / "nbs").glob("*.ipynb")} == {
+        p.stem for p in pages} else []
 
 
 @functools.cache
@@ -65,20 +70,28 @@ def ids_of(path):
 def check_page(path):
     soup = page(path)
     # nothing that is needed to read it comes from elsewhere
-    for tag, attribute in (("script", "src"), ("link", "href"), ("img", "src"), ("iframe", "src"), ("source", "src"), ("video", "src"), ("audio", "src"), ("object", "data")):
+    for tag, attribute in (("script", "src"), ("link", "href"), ("img", "src"), ("iframe", "src"),
+                           ("source", "src"), ("video", "src"), ("audio", "src"),
+                           ("object", "data")):
         for found in soup.find_all(tag, **{attribute: True}):
-            assert found[attribute].startswith("data:"), f"{path.name} loads {found[attribute][:80]}"
-    assert not re.search(r"@import|url\((?!['\"]?data:)", " ".join(s.get_text() for s in soup.find_all("style"))), "a style sheet loads something"
-    assert not re.search(r"fetch\(|XMLHttpRequest|import\(", " ".join(s.get_text() for s in soup.find_all("script")))
+            assert found[attribute].startswith(
+                "data:"), f"{path.name} loads {found[attribute][:80]}"
+    assert not re.search(r"@import|url\((?!['\"]?data:)", " ".join(s.get_text()
+        for s in soup.find_all("style"))), "a style sheet loads something"
+    assert not re.search(r"fetch\(|XMLHttpRequest|import\(",
+                         " ".join(s.get_text() for s in soup.find_all("script")))
     # what is seen is also said
-    assert all(img.get("alt", "").strip() for img in soup.find_all("img")), f"{path.name} has an image without alt"
-    assert soup.html["lang"] == "en" and soup.title.get_text().strip() and len(soup.find_all("h1")) == 1
+    assert all(img.get("alt", "").strip()
+               for img in soup.find_all("img")), f"{path.name} has an image without alt"
+    assert soup.html["lang"] == "en" and soup.title.get_text().strip() and len(
+        soup.find_all("h1")) == 1
     # formulas were understood: what pandoc cannot read stays as TeX in a span
     assert not soup.find_all("span", class_="math"), f"{path.name} has a formula that is not MathML"
     for math in soup.find_all("math"):
         assert math.get("display") in ("inline", "block")
     ids = [tag["id"] for tag in soup.find_all(id=True)]
-    assert len(ids) == len(set(ids)), f"{path.name} has two elements of one id: {[i for i in ids if ids.count(i) > 1]}"
+    assert len(ids) == len(
+        set(ids)), f"{path.name} has two elements of one id: {[i for i in ids if ids.count(i) > 1]}"
     # every link within the book leads somewhere
     for a in soup.find_all("a", href=True):
         target, _, anchor = a["href"].partition("#")
@@ -87,12 +100,15 @@ def check_page(path):
         there = path.parent / unquote(target) if target else path
         assert there.is_file(), f"{path.name} links to {a['href']}, which does not exist"
         if anchor and there.suffix == ".html":
-            assert unquote(anchor) in ids_of(there), f"{path.name} links to {a['href']}, where there is no such part"
+            assert unquote(anchor) in ids_of(
+                there), f"{path.name} links to {a['href']}, where there is no such part"
     # code and prose do not carry what was meant for nbdev or Quarto
-    assert not re.search(r"^#\| ", "\n".join(code.get_text() for code in soup.find_all("pre")), flags=re.M), f"{path.name} shows a directive"
+    assert not re.search(r"^#\| ", "\n".join(code.get_text() for code in soup.find_all("pre")),
+                         flags=re.M), f"{path.name} shows a directive"
     for code in soup.find_all(["code", "script", "pre"]):
         code.decompose()
-    assert not re.search(r"(?<!\w)@(fig|eq|sec|tbl)-\w", soup.get_text()), f"{path.name} has a reference that was not resolved"
+    assert not re.search(r"(?<!\w)@(fig|eq|sec|tbl)-\w",
+                         soup.get_text()), f"{path.name} has a reference that was not resolved"
 
 
 @pytest.mark.parametrize("name", ["index.html", "first.html", "second.html"])
@@ -120,7 +136,8 @@ def test_a_page_has_title_summary_and_neighbours(book):
 def test_the_contents_have_each_chapter_with_its_sentence(book):
     entries = page(book / "index.html").find(class_="contents").find_all("li")
     assert [(e.a["href"], e.a.get_text(), e.contents[-1]) for e in entries] == [
-        ("first.html", "00 First <things>", "What comes first & why."), ("second.html", "10 Second", "What comes second.")]
+        ("first.html", "00 First <things>", "What comes first & why."),
+        ("second.html", "10 Second", "What comes second.")]
 
 
 def test_hidden_cells_are_hidden_and_exported_ones_documented(book):
@@ -138,9 +155,12 @@ def test_figures_have_caption_number_and_text(book):
     soup = page(book / "first.html")
     line, move = soup.find(id="fig-line"), soup.find(id="fig-move")
     assert line.img["alt"] == "A straight line & nothing else."
-    assert line.figcaption.get_text(" ", strip=True).startswith("Figure 1: A line:") and line.figcaption.find("math")
-    assert move.figcaption.get_text(strip=True) == "Figure 2: Two figures that move." and move.find(attrs={"data-feedback": True})
-    assert [soup.find("a", href=h, class_=False).get_text() for h in ("#fig-line", "#fig-move", "#eq-step")] == ["Figure\xa01", "Figure\xa02", "Equation\xa01"]
+    assert line.figcaption.get_text(" ", strip=True).startswith(
+        "Figure 1: A line:") and line.figcaption.find("math")
+    assert move.figcaption.get_text(strip=True) == "Figure 2: Two figures that move." and move.find(
+        attrs={"data-feedback": True})
+    assert [soup.find("a", href=h, class_=False).get_text() for h in ("#fig-line", "#fig-move",
+        "#eq-step")] == ["Figure\xa01", "Figure\xa02", "Equation\xa01"]
     assert soup.find(id="eq-step").get_text(strip=True).endswith("(1)")
 
 
@@ -154,18 +174,23 @@ def test_formulas_are_mathml_and_code_and_prices_are_not(book):
 def test_links_lead_to_this_book(book):
     soup = page(book / "first.html")
     links = {a.get_text(): a["href"] for a in soup.main.find_all("a", href=True)}
-    assert links["the second chapter"] == "second.html" and links["a part of it"] == links["what is exported"] == "second.html#here"
+    assert links["the second chapter"] == "second.html" and links["a part of it"] == links[
+        "what is exported"] == "second.html#here"
     assert links["Open in Colab"].startswith("https://colab") and "colab-badge" not in str(soup)
-    assert {a.get_text(): a["href"] for a in page(book / "index.html").main.find_all("a", href=True)}["licence"].endswith("/blob/main/LICENSE")
+    assert {a.get_text(): a["href"] for a in page(book / "index.html").main.find_all("a",
+        href=True)}["licence"].endswith("/blob/main/LICENSE")
 
 
 def test_outputs_are_those_of_this_run_but_for_recorded_ones(book):
     text = page(book / "first.html").get_text()
     assert "recorded on a large machine" in text and "Recorded output: this cell needs a GPU and was not run" in text
-    stored, executed = ((json.loads((folder / "00_first.ipynb").read_text(encoding="utf-8"))) for folder in (book.parent / "nbs", book / "notebooks"))
-    pictures = [next(o["data"]["image/png"] for c in nb["cells"] for o in c.get("outputs", []) if "image/png" in o.get("data", {})) for nb in (stored, executed)]
+    stored, executed = ((json.loads((folder / "00_first.ipynb").read_text(encoding="utf-8")))
+                        for folder in (book.parent / "nbs", book / "notebooks"))
+    pictures = [next(o["data"]["image/png"] for c in nb["cells"] for o in c.get("outputs", [])
+                     if "image/png" in o.get("data", {})) for nb in (stored, executed)]
     assert pictures[0] != pictures[1], "the picture was drawn anew"
-    assert "".join(pictures[1]).replace("\n", "") in (book / "first.html").read_text(encoding="utf-8")
+    assert "".join(pictures[1]).replace("\n",
+                                        "") in (book / "first.html").read_text(encoding="utf-8")
 
 
 # ---------------------------------------------------------------- making it again
@@ -177,7 +202,8 @@ def again(made, book, tmp_path):
 
 def lines(done):
     "name -> `kept` or seconds, of the notebooks in the order of the printed lines."
-    return {line.split()[0]: line.split()[3] for line in done.stdout.splitlines() if " cells " in line and line.startswith("  ")}
+    return {line.split()[0]: line.split()[3] for line in done.stdout.splitlines()
+            if " cells " in line and line.startswith("  ")}
 
 
 def source_of(root, name):
@@ -188,7 +214,8 @@ def source_of(root, name):
 def test_the_first_run_says_what_it_did(made):
     out = made[1][1]
     assert re.search(r"^  00_first +\d+ cells +[\d.]+ s   1 recorded$", out, re.M), out
-    assert re.search(r"^The book is at .*_book/index\.html, made in \d+ min \d+ s\.$", out, re.M), out
+    assert re.search(r"^The book is at .*_book/index\.html, made in \d+ min \d+ s\.$", out,
+                     re.M), out
     assert "FAULT" not in out
 
 
@@ -218,34 +245,41 @@ def test_what_was_cut_off_or_touched_is_not_trusted(again):
     (copies / "index.ipynb").write_text(whole[: len(whole) // 2], encoding="utf-8")
     second = (copies / "10_second.ipynb").read_text(encoding="utf-8")
     (copies / "10_second.ipynb").write_text(second.replace("area 4", "area 5"), encoding="utf-8")
-    assert [name for name, state in lines(run(again)).items() if state != "kept"] == ["index", "10_second"]
+    assert [name for name, state in lines(run(again)).items() if state != "kept"] == ["index",
+        "10_second"]
     assert "area 4" in (copies / "10_second.ipynb").read_text(encoding="utf-8")
 
 
 def test_a_notebook_that_fails_does_not_stop_the_others(again):
     path, text = source_of(again, "00_first")
-    path.write_text(text.replace("assert area(2) == 4", "assert area(2) == 5, 'too small'"), encoding="utf-8")
+    path.write_text(text.replace("assert area(2) == 4", "assert area(2) == 5, 'too small'"),
+                    encoding="utf-8")
     path, text = source_of(again, "10_second")
     path.write_text(text.replace("area {", "surface {"), encoding="utf-8")
     for _ in range(2):  # and is not taken for done the next time
         done = run(again)
         assert done.returncode == 1
-        assert re.search(r"FAILED in cell 10: AssertionError: too small\n      \| assert area\(2\) == 5", done.stdout), done.stdout
+        assert re.search(
+            r"FAILED in cell 10: AssertionError: too small\n      \| assert area\(2\) == 5",
+            done.stdout), done.stdout
         assert "Did not run to the end: 00_first." in done.stdout
-    assert "cell 10 raised AssertionError: too small" in page(again / "_book" / "first.html").find(class_="failed").get_text()
+    assert "cell 10 raised AssertionError: too small" in page(again / "_book" / "first.html").find(
+        class_="failed").get_text()
     assert "surface 4" in (again / "_book" / "second.html").read_text(encoding="utf-8")
 
 
 def test_a_kernel_that_dies_is_reported(again):
     path, text = source_of(again, "10_second")
-    path.write_text(text.replace('"print(f\\"area', '"import os; os._exit(3)\\n", "print(f\\"area'), encoding="utf-8")
+    path.write_text(text.replace('"print(f\\"area', '"import os; os._exit(3)\\n", "print(f\\"area'),
+                    encoding="utf-8")
     done = run(again)
     assert done.returncode == 1 and "FAILED in cell 4: DeadKernel" in done.stdout, done.stdout
 
 
 def test_faults_of_a_page_are_reported_every_time(again):
     path, text = source_of(again, "10_second")
-    path.write_text(text.replace("Back to", "See @fig-gone and [nothing](99_gone.ipynb). Back to"), encoding="utf-8")
+    path.write_text(text.replace("Back to", "See @fig-gone and [nothing](99_gone.ipynb). Back to"),
+                    encoding="utf-8")
     for _ in range(2):
         done = run(again)
         assert done.returncode == 1
@@ -255,8 +289,11 @@ def test_faults_of_a_page_are_reported_every_time(again):
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_an_interrupted_run_is_made_up_for(again):
     path, text = source_of(again, "10_second")
-    path.write_text(text.replace('"print(f\\"area', '"import time; open(\'started\', \'w\'); time.sleep(0 if open(\'fast\', \'a+\').seek(0, 2) else 60)\\n", "print(f\\"area'), encoding="utf-8")
-    process = subprocess.Popen([sys.executable, SCRIPTS / "book.py", "--root", again], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": str(again)})
+    path.write_text(text.replace('"print(f\\"area',
+                                 '"import time; open(\'started\', \'w\'); time.sleep(0 if open(\'fast\', \'a+\').seek(0, 2) else 60)\\n", "print(f\\"area'), encoding="utf-8")
+    process = subprocess.Popen([sys.executable, SCRIPTS / "book.py", "--root", again],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               env=os.environ | {"PYTHONPATH": str(again)})
     started = again / "nbs" / "started"
     for _ in range(600):
         if started.exists():
@@ -267,7 +304,8 @@ def test_an_interrupted_run_is_made_up_for(again):
     (again / "nbs" / "fast").write_text("x")
     done = run(again)
     assert done.returncode == 0, done.stdout
-    assert {name: state == "kept" for name, state in lines(done).items()} == {"index": True, "00_first": True, "10_second": False}
+    assert {name: state == "kept" for name, state in lines(done).items()} == {"index": True,
+        "00_first": True, "10_second": False}
     assert "area 4" in (again / "_book" / "second.html").read_text(encoding="utf-8")
 
 
@@ -279,11 +317,15 @@ def look(path, tmp_path, script="", width=1280):
     probe = "<script>addEventListener('error', e => document.body.dataset.error = e.message, true);</script>"
     end = "<script>addEventListener('load', async () => { const $ = q => [...document.querySelectorAll(q)], out = document.body.dataset; const wait = ms => new Promise(r => setTimeout(r, ms)); " + script + " out.done = 1; });</script>"
     text = path.read_text(encoding="utf-8")
-    copy.write_text(text.replace("<head>", "<head>" + probe.replace("document.body", "document.documentElement"), 1).replace("</body>", end + "</body>", 1), encoding="utf-8")
+    copy.write_text(text.replace("<head>", "<head>" + probe.replace("document.body",
+        "document.documentElement"), 1).replace("</body>", end + "</body>", 1), encoding="utf-8")
     try:
         done = subprocess.run(
-            [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run", "--host-resolver-rules=MAP * ~NOTFOUND",
-             f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900", "--virtual-time-budget=8000", "--dump-dom", copy.resolve().as_uri()],
+            [BROWSER, "--headless", "--no-sandbox", "--disable-gpu",
+             "--disable-background-networking", "--no-first-run", "--host-resolver-rules=MAP * "
+             "~NOTFOUND",
+             f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900",
+             "--virtual-time-budget=8000", "--dump-dom", copy.resolve().as_uri()],
             capture_output=True, text=True, timeout=120,
         )
     finally:
@@ -308,18 +350,22 @@ def test_sliders_move_in_a_browser(book, tmp_path):
         for (let i = 0; i < 20; i++) { await wait(20); seen.add(film.querySelector('input').value); }
         button.click(); out.stops = button.textContent; out.frames = seen.size;""")
     found = {key.removeprefix("data-"): value for key, value in soup.body.attrs.items()}
-    assert found["first"] == "2" and found["second"] == "1" and found["moved"] == found["alone"] == found["shown"] == "true"
+    assert found["first"] == "2" and found["second"] == "1" and found["moved"] == found[
+        "alone"] == found["shown"] == "true"
     assert found["alt"] == "A line. Shown: slope = 1."
     assert found["says"] == "Pause" and found["stops"] == "Play" and int(found["frames"]) == 3
 
 
 @needs_browser
 def test_formulas_are_drawn_by_a_browser(book, tmp_path):
-    soup = look(book / "first.html", tmp_path, "const m = $('mfrac')[0].children; out.above = m[0].getBoundingClientRect().bottom <= m[1].getBoundingClientRect().top + 2;")
+    soup = look(book / "first.html", tmp_path,
+                "const m = $('mfrac')[0].children; out.above = "
+                "m[0].getBoundingClientRect().bottom <= m[1].getBoundingClientRect().top + 2;")
     assert soup.body["data-above"] == "true"
 
 
-PAGES = [("small", name) for name in ("index.html", "first.html", "second.html")] + [("real", path.name) for path in real_pages()]
+PAGES = [("small", name) for name in ("index.html", "first.html", "second.html")] + [
+    ("real", path.name) for path in real_pages()]
 
 
 @needs_browser
@@ -327,6 +373,7 @@ PAGES = [("small", name) for name in ("index.html", "first.html", "second.html")
 @pytest.mark.parametrize("width", [390, 1280])
 def test_pages_fit_the_screen(book, tmp_path, which, name, width):
     path = (book if which == "small" else ROOT / "_book") / name
-    soup = look(path, tmp_path, "out.room = innerWidth; out.taken = document.documentElement.scrollWidth; out.images = $('img').every(i => i.complete && i.naturalWidth > 0);", width)
+    soup = look(path, tmp_path,
+                "out.room = innerWidth; out.taken = document.documentElement.scrollWidth; out.images = $('img').every(i => i.complete && i.naturalWidth > 0);", width)
     assert int(soup.body["data-taken"]) <= int(soup.body["data-room"]), "the page scrolls sideways"
     assert soup.body["data-images"] == "true", "an image is not shown"

@@ -503,7 +503,8 @@ def test_bf16_and_odd_channels(name):
 @every
 def test_copies_are_equal_and_keep_nothing(name):
     mixer, x = build(name), tokens().requires_grad_()
-    attributes = lambda: [{k: v for k, v in vars(m).items() if k[0] != "_"} for m in mixer.modules()]
+    attributes = lambda: [{k: v for k, v in vars(m).items() if k[0] != "_"}
+                          for m in mixer.modules()]
     before = attributes()
     y = mixer(x, padded())
     y.sum().backward()

@@ -1,4 +1,5 @@
-"""The Makefile's set-up, with stand-ins for Python: what is missing is said, what was interrupted is done again, nothing is done twice."""
+"""The Makefile's set-up, with stand-ins for Python: what is missing is said, what was
+interrupted is done again, nothing is done twice."""
 import os
 import shutil
 import subprocess
@@ -6,7 +7,8 @@ import subprocess
 import pytest
 from small_project import ROOT
 
-pytestmark = pytest.mark.skipif(os.name != "posix" or shutil.which("make") is None, reason="needs make and a POSIX shell")
+pytestmark = pytest.mark.skipif(os.name != "posix" or shutil.which("make") is None,
+                                reason="needs make and a POSIX shell")
 
 # writes down each call; `-m venv` puts a copy of itself where Python would be
 STAND_IN = """#!/bin/sh
@@ -37,7 +39,8 @@ def python(folder, version="3.11.7", old=0):
 
 
 def make(folder, *args):
-    return subprocess.run(["make", *args], cwd=folder, capture_output=True, text=True, env={k: v for k, v in os.environ.items() if not k.startswith("MAKE")})
+    return subprocess.run(["make", *args], cwd=folder, capture_output=True, text=True,
+                          env={k: v for k, v in os.environ.items() if not k.startswith("MAKE")})
 
 
 def calls(folder):
@@ -52,7 +55,8 @@ def test_make_alone_lists_the_targets(project):
     done = make(project)
     assert done.returncode == 0 and not (project / ".venv").exists()
     for target in ("book", "test", "lab", "docs", "bench", "readme", "check", "dist", "clean"):
-        assert any(line.split()[:1] == [target] and len(line.split()) > 2 for line in done.stdout.splitlines()), target
+        assert any(line.split()[:1] == [target] and len(line.split()) > 2
+                   for line in done.stdout.splitlines()), target
 
 
 def test_a_python_that_is_missing_or_too_old_is_named(project):
@@ -67,13 +71,15 @@ def test_a_set_up_happens_once_and_again_when_the_pins_change(project):
     name = python(project)
     assert make(project, "setup", name).returncode == 0
     first = calls(project)
-    assert first[0] == "-m venv --clear .venv" and "pip install" in first[1] and "-c constraints.txt -e .[dev]" in first[1]
+    assert first[0] == "-m venv --clear .venv" and "pip install" in first[
+        1] and "-c constraints.txt -e .[dev]" in first[1]
     assert make(project, "setup", name).returncode == 0 and calls(project) == []
     later = os.stat(project / ".venv/.ready").st_mtime + 10
     os.utime(project / "constraints.txt", (later, later))
     assert make(project, "setup", name).returncode == 0
     again = calls(project)
-    assert not any("venv --clear" in call for call in again) and any("pip install" in call for call in again)
+    assert not any("venv --clear" in call for call in again) and any("pip install" in call
+        for call in again)
 
 
 def test_an_interrupted_set_up_starts_again_from_nothing(project):
@@ -85,7 +91,8 @@ def test_an_interrupted_set_up_starts_again_from_nothing(project):
     (project / ".venv" / "left over").touch()
     calls(project)
     assert make(project, "setup", name).returncode == 0
-    assert calls(project)[0] == "-m venv --clear .venv" and not (project / ".venv" / "left over").exists()
+    assert calls(project)[0] == "-m venv --clear .venv" and not (project / ".venv"
+        / "left over").exists()
 
 
 def test_an_interrupted_update_is_not_trusted_either(project):

@@ -1,4 +1,5 @@
-"""What `pip install` gives: the contract of public names, light imports, metadata, and the pictures of the README."""
+"""What `pip install` gives: the contract of public names, light imports, metadata, and the
+pictures of the README."""
 
 import importlib.metadata
 import inspect
@@ -12,7 +13,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULES = sorted(p.stem for p in (ROOT / "feedback_nb").glob("*.py") if p.stem not in ("__init__", "_modidx"))
+MODULES = sorted(p.stem for p in (ROOT / "feedback_nb").glob("*.py")
+                 if p.stem not in ("__init__", "_modidx"))
 LIGHT = "torchvision torchaudio pandas matplotlib sklearn scipy accelerate safetensors captum tqdm IPython PIL".split()
 
 
@@ -23,12 +25,14 @@ def settings():
 
 
 def run(code):
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT / "nbs")
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          cwd=ROOT / "nbs")
 
 
 def test_importing_everything_loads_torch_alone():
     lines = "\n".join(f"import feedback_nb.{name}" for name in MODULES)
-    done = run(f"import sys, torch\nbefore = set(sys.modules)\n{lines}\nprint(*sorted({{m.split('.')[0] for m in set(sys.modules) - before}}))")
+    done = run(
+        f"import sys, torch\nbefore = set(sys.modules)\n{lines}\nprint(*sorted({{m.split('.')[0] for m in set(sys.modules) - before}}))")
     assert done.returncode == 0, done.stderr
     assert "feedback_nb" in done.stdout.split()
     assert not set(done.stdout.split()) & set(LIGHT)
@@ -48,7 +52,8 @@ sys.addaudithook(hook)
 """
     done = run(code)
     assert done.returncode == 0, done.stderr
-    events = [line for line in done.stdout.splitlines() if "os.listdir" not in line]  # Python's own import system lists folders
+    # Python's own import system lists folders
+    events = [line for line in done.stdout.splitlines() if "os.listdir" not in line]
     assert not events
 
 
@@ -63,7 +68,8 @@ CONTRACT = {
         "relative_residual": ["change", "h"],
         "fixed_point": ["f", "h0"],
     },
-    "certificates": {"jacobian_norm": ["f", "h"], "conv_norm_bound": ["conv"], "lipschitz_upper": ["net", "shape"]},
+    "certificates": {"jacobian_norm": ["f", "h"], "conv_norm_bound": ["conv"],
+                     "lipschitz_upper": ["net", "shape"]},
     "feedback": {
         "Trajectory": ["outputs", "residuals", "states"],
         "FeedbackModel": ["steps"],
@@ -72,10 +78,12 @@ CONTRACT = {
         "tap": ["net", "names"],
         "edit": ["net"],
     },
-    "cbl": {"CBL": ["net", "layers", "example", "context_dim", "steps", "alpha", "adapter", "flow", "tol"]},
+    "cbl": {"CBL": ["net", "layers", "example", "context_dim", "steps", "alpha", "adapter", "flow",
+                    "tol"]},
     "data": {"load": ["name", "split", "root", "size", "download"], "names": []},
     "training": {
-        "fit": ["model", "data", "epochs", "lr", "optimizer", "schedule", "loss", "augment", "seed", "precision", "compile", "checkpoint", "resume", "callbacks", "tracker"],
+        "fit": ["model", "data", "epochs", "lr", "optimizer", "schedule", "loss", "augment", "seed",
+                "precision", "compile", "checkpoint", "resume", "callbacks", "tracker"],
         "evaluate": ["model", "data"],
     },
     "unet": {
@@ -129,8 +137,11 @@ CONTRACT = {
         "WaveletMixer": ["dim", "levels"],
         "ModReLUMixer": ["dim", "n_tokens", "heads"],
     },
-    "long_sequences": {"listops": ["n", "n_tokens", "seed"], "pathfinder": ["n", "size", "seed"], "grey_pixels": ["name"], "SequenceClassifier": ["vocabulary", "n_tokens", "n_classes"]},
-    "evaluation": {"compare": ["factories", "data", "seeds"], "cost": ["model", "example"], "noise_curve": [], "fgsm_curve": [], "pgd_curve": []},
+    "long_sequences": {"listops": ["n", "n_tokens", "seed"], "pathfinder": ["n", "size", "seed"],
+                       "grey_pixels": ["name"], "SequenceClassifier": ["vocabulary", "n_tokens",
+                           "n_classes"]},
+    "evaluation": {"compare": ["factories", "data", "seeds"], "cost": ["model", "example"],
+                   "noise_curve": [], "fgsm_curve": [], "pgd_curve": []},
 }
 
 
@@ -146,7 +157,8 @@ def test_defaults_of_the_contract():
     from feedback_nb.fixed_points import iterate
 
     defaults = {k: p.default for k, p in inspect.signature(CBL).parameters.items()}
-    wanted = {"context_dim": 64, "steps": 4, "alpha": 0.5, "adapter": "gate", "flow": "through", "tol": None}
+    wanted = {"context_dim": 64, "steps": 4, "alpha": 0.5, "adapter": "gate", "flow": "through",
+              "tol": None}
     assert {k: defaults[k] for k in wanted} == wanted
     defaults = {k: p.default for k, p in inspect.signature(iterate).parameters.items()}
     assert (defaults["damping"], defaults["memory"]) == (0.0, 5)
@@ -168,17 +180,21 @@ def test_metadata_is_that_of_settings():
     assert feedback_nb.__version__ == meta["Version"] == cfg["version"]
     assert meta["License-Expression"] == "Apache-2.0" or meta["License"] == "Apache-2.0"
     assert meta["Requires-Python"] == ">=" + cfg["min_python"]
-    assert {e.name: e.value for e in importlib.metadata.entry_points(group="console_scripts") if e.name.startswith("feedback_nb")} == {
+    assert {e.name: e.value for e in importlib.metadata.entry_points(group="console_scripts")
+            if e.name.startswith("feedback_nb")} == {
         "feedback_nb_data": "feedback_nb.data:cli"
     }
 
 
 def test_the_package_declares_lower_bounds_and_the_constraints_exact_versions():
-    assert all(re.fullmatch(r"[\w-]+(\[\w+\])?>=[\d.]+", r) for r in settings()["requirements"].split())
-    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w-]+(\[\w+\])?>=[\d.]+", r)
+               for r in settings()["requirements"].split())
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line
+             and not line.startswith("#")]
     assert all(re.match(r"[\w.-]+==[\w.+!]+", line) for line in lines)
     pins = dict(line.split("==") for line in lines)
-    assert (pins["torch"], pins["torchvision"], pins["torchaudio"], pins["nbdev"]) == ("2.11.0", "0.26.0", "2.11.0", "2.4.14")
+    assert (pins["torch"], pins["torchvision"], pins["torchaudio"], pins["nbdev"]) == ("2.11.0",
+        "0.26.0", "2.11.0", "2.4.14")
 
 
 def test_the_readme_picture_is_chapter_tens_figure():
@@ -189,7 +205,8 @@ def test_the_readme_picture_is_chapter_tens_figure():
         sys.path.pop(0)
     for notebook, figures in FIGURES.items():
         for label, name in figures.items():
-            assert (ROOT / "nbs" / "images" / name).read_bytes() == figure(ROOT / "nbs" / notebook, label)
+            assert (ROOT / "nbs" / "images" / name).read_bytes() == figure(ROOT / "nbs" / notebook,
+                label)
 
 
 def test_every_chapter_is_in_the_contents():
