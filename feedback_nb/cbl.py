@@ -18,8 +18,8 @@ from torch import nn
 
 from .checks import need_equal, need_known, need_number
 from .feedback import FeedbackModel, State
-from .networks import RNN, Recurrent, TextBlock, TextEncoder, cnn, default_layers, resnet18
-from .networks import rnn, text_encoder, torchvision_net, vit
+from .networks import RNN, Recurrent, TextBlock, TextEncoder, cnn, default_layers
+from .networks import resnet18, rnn, text_encoder, torchvision_net, vit
 from .replay import Named, Replay, Site, at_rest, check_reach, state_of, with_state
 
 # %% ../nbs/10_cbl.ipynb #d80cb92a
@@ -157,8 +157,10 @@ def through_step(
         return function
 
     def around(site):  # a token adapter changes what the layer is given
-        adapter = model.adapters[site.layer]
-        return lambda compute: blended(site.key, *adapter(compute, z))
+        def function(compute):
+            return blended(site.key, *model.adapters[site.layer](compute, z))
+
+        return function
 
     functions, tokens = {}, {}
     for site in model.sites.values():

@@ -9,6 +9,7 @@ __all__ = ['Connection', 'as_maps', 'resize', 'PaperDrive', 'PublishedDrive', 'M
 # %% ../nbs/30_lrm.ipynb #fb2cf113
 #| code-fold: true
 #| code-summary: "Imports"
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -180,6 +181,10 @@ def _pairs(connections) -> list[Connection]:
     return pairs
 
 
+def _among(names, sites):
+    return [site for site in sites if site.layer in names]
+
+
 def _check_shapes(pairs, sites):
     for source, destination in pairs:
         a, b = sites[source], sites[destination]
@@ -247,7 +252,7 @@ class LRM(_Steered):
         given = suggest_connections(backbone, example) if connections is None else connections
         pairs = _pairs(given)
         heard, modulated = ([pair[i] for pair in pairs] for i in (0, 1))
-        edited = lambda sites: [s for s in sites if s.layer in modulated]
+        edited = partial(_among, modulated)
         self.backbone, self.motif, self.mode = backbone, motif, mode
         names, options = dict.fromkeys(heard + modulated), {"channel_dims": channel_dims}
         self.replay = Replay(backbone, names, example, edited=edited, kept=heard, **options)
