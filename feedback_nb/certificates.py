@@ -119,7 +119,7 @@ def _layer_bound(name: str, layer: nn.Module, x: Tensor) -> float:
     what = type(layer).__name__ + " with hooks" * _hooked(layer)
     raise ValueError(f"lipschitz_upper knows no bound for layer {name!r}, {what}.")
 
-
+# %% ../nbs/09_certificates.ipynb #bd560cac
 @torch.no_grad()
 def lipschitz_upper(
     net: nn.Module,  # a layer or `nn.Sequential`, nested or not, in eval mode

@@ -56,7 +56,7 @@ def closest_layers(
     close = sorted((key for key in layers if score[key]), key=lambda key: -score[key])
     return close[:n] or [key for key in layers if "." not in key][:n]
 
-
+# %% ../nbs/95_layers.ipynb #92eae36e
 def find_layers(
     net: nn.Module,  # the network
     names: list[str] | tuple[str, ...] | str,  # dotted names as `net.named_modules()` spells them
@@ -238,7 +238,7 @@ class Call(NamedTuple):
     output: Any  # what it returned
     written: bool  # a later operation of the pass wrote into what it returned
 
-
+# %% ../nbs/95_layers.ipynb #81eae2c9
 def trace_calls(
     net: nn.Module,  # the network
     example,  # an input as the network takes it, (B, …); a tuple or dict of several

@@ -80,7 +80,7 @@ class Running:
     def __exit__(self, *error):
         setattr(_thread, self.kind, self.before)
 
-
+# %% ../nbs/90_replay.ipynb #539fe384
 def _in_backward() -> bool:
     """Is this thread inside a backward pass? (Without torch's name for it: no.)"""
     return getattr(torch._C, "_current_graph_task_id", lambda: -1)() != -1
@@ -111,7 +111,7 @@ class _Switch(StandIn):
 
         return handler(name, k, compute)
 
-
+# %% ../nbs/90_replay.ipynb #ad5db485
 class Splice:
     """Silent switches in named layers, through which a pass can be steered."""
 
@@ -253,7 +253,7 @@ def _leaves_behind(outputs):
             todo += [behind for behind, _ in node.next_functions]
     return leaves
 
-
+# %% ../nbs/90_replay.ipynb #5016f08f
 def check_reach(
     replay: Replay,
     example,  # as for `Replay`

@@ -175,7 +175,7 @@ class Localizer(NamedTuple):
         found = self.selective.items()
         return {layer: each.flatten(1).double().mean(1).tolist() for layer, each in found}
 
-
+# %% ../nbs/37_signatures.ipynb #cdb78fc0
 def localize(
     moments: Moments,  # of the localizer's images
     target,  # a category, as `moments.classes` has it

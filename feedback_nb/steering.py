@@ -280,7 +280,7 @@ class Search(NamedTuple):
         h, f = self.hits.double().mean((0, 1)), self.false_alarms.double().mean(0)
         return {"hits": h.tolist(), "false_alarms": f.tolist(), "a_prime": a_prime(h, f).tolist()}
 
-
+# %% ../nbs/35_steering.ipynb #da8398e0
 def _looks(model: LRM, x, steers: list, steps: int | None):
     """Outputs of every pass, one steered call after the other; a plain first pass runs once."""
     steps = model.steps if steps is None else steps
