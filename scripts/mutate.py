@@ -4,7 +4,7 @@
 
 Flips comparisons, arithmetic, constants and branches, one at a time, and runs the tests on each in
 a process of its own until one fails. Nothing is written; survivors are printed, one line each.
-What was found, and what each survivor is, stands in tests/mutants.md.
+Survivors that were found, and what each of them is: tests/mutants.md.
 """
 
 import argparse
