@@ -128,7 +128,7 @@ def _page(frames: list[str], order: list[int], names: list[str], labels: list[li
             f'aria-label="{name}" style="width:14em;max-width:100%"> '
             f'<span style="min-width:4em">{value}</span></label>')
     plain, alt = json.dumps(data, separators=(",", ":")), html.escape(alt)
-    script = _SCRIPT.replace("DATA", plain.replace("</", "<\\/"), 1)
+    script = _SCRIPT.replace("DATA", plain.replace("<", "\\u003c"), 1)
     return HTML(
         f'<div class="moving-figure" data-feedback="{data["key"]}" role="group" aria-label="{alt}">'
         f'<img alt="{alt}" style="width:{width:.0f}px;max-width:100%;height:auto;background:white" '
