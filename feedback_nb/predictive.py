@@ -179,7 +179,8 @@ class EnergyModel(FeedbackModel):
         """Settle on (x, y), then gradients, each layer's from its own error; returns E at t = 0."""
         _need(y is not None, "training needs a target: call local_backward(x, y)")
         every = self.learning == "every step" and self.steps > 0
-        each = (lambda state: self.learn(x, state, share=1 / self.steps)) if every else None
+        share = 1 / max(1, self.steps)
+        each = (lambda state: self.learn(x, state, share=share)) if every else None
         first, last, energy = self._walk(x, y, None, context, each)
         if not every:
             self.learn(x, last)
@@ -283,8 +284,12 @@ class PCNet(EnergyModel):
         """As for `EnergyModel`; errors have another Hessian than nodes, so another bound."""
         if self.inference == "states":
             return super().descent(x, state)
-        at = lambda e: state._replace(h=self._climb(x, state.memo, errors=e)[0])
-        return lambda e: self.slopes(x, at(e))[1], self.errors(x, state.h)
+
+        def slope(errors):
+            nodes = self._climb(x, state.memo, errors=errors)[0]
+            return self.slopes(x, state._replace(h=nodes))[1]
+
+        return slope, self.errors(x, state.h)
 
     def step(self, x, state, t, **context) -> State:
         """One step of descent, in the nodes or in their errors."""
