@@ -33,8 +33,8 @@ from .order import seed_all
 
 # %% auto #0
 __all__ = ['FORMAT', 'CheckpointError', 'refuse', 'write_checkpoint', 'check_checkpoint', 'saved', 'newest', 'prune', 'sweep',
-           'put_aside', 'read_run', 'read_state', 'write_weights', 'read_weights', 'load_checkpoint', 'describe',
-           'describe_model', 'describe_data', 'need_same_run', 'provenance']
+           'put_aside', 'read_run', 'read_state', 'write_weights', 'read_weights', 'is_sharded', 'states', 'restore',
+           'load_checkpoint', 'describe', 'describe_model', 'describe_data', 'need_same_run', 'provenance']
 
 # %% ../nbs/92_checkpoints.ipynb #2e2dab4b
 FORMAT = 2  # of run.json: 1 described data, models and functions by their names alone
@@ -145,12 +145,12 @@ def read_state(path: Path) -> dict:
         refuse(path / "state.pt", why, f"none of it was run ({first})")
 
 
-def write_weights(model: nn.Module, path: Path) -> None:
+def write_weights(model: nn.Module | dict, path: Path) -> None:
     """Save as safetensors; CheckpointError for a model that has no such form."""
-    from safetensors.torch import save_model
+    from safetensors.torch import save_file, save_model
 
     try:
-        save_model(model, str(path))
+        (save_file if isinstance(model, dict) else save_model)(model, str(path))
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
         why = f"cannot be saved as safetensors ({str(error).splitlines()[0][:60]})"
         refuse(type(model).__name__, why, "clone tensors that share memory")
@@ -158,12 +158,15 @@ def write_weights(model: nn.Module, path: Path) -> None:
 
 def read_weights(model: nn.Module, path: Path) -> None:
     """Load a safetensors file into the model; CheckpointError names the first key that differs."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_model
 
-    with safe_open(path, "pt") as file:
-        stored = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
-        aliases = {alias: stored.get(key) for alias, key in (file.metadata() or {}).items()}
+    try:
+        with safe_open(path, "pt") as file:
+            stored = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+            aliases = {alias: stored.get(key) for alias, key in (file.metadata() or {}).items()}
+    except SafetensorError as error:
+        refuse(path, "holds no weights as safetensors", f"none of it was run ({error})")
     wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     for key in [*wanted, *stored]:
         have, want = stored.get(key, aliases.get(key)), wanted.get(key)
@@ -172,6 +175,40 @@ def read_weights(model: nn.Module, path: Path) -> None:
             why = "is of another model ({!r} is {} there, {} here)".format(key, *shapes)
             refuse(path, why, "build the model as it was built then, or use another folder")
     load_model(model, path)
+
+
+def is_sharded(model):
+    """Was the model given to `torch.distributed.fsdp.fully_shard`?"""
+    return any(hasattr(module, "unshard") for module in model.modules())
+
+
+def states(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple:
+    """(weights, the optimiser's state) to save; sharded ones are gathered from all processes."""
+    if not is_sharded(model):
+        return model, optimizer.state_dict()
+    from torch.distributed.checkpoint import state_dict as gather
+
+    whole = gather.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    for module in model.modules():  # a forward pass leaves the outermost whole
+        getattr(module, "reshard", lambda: None)()
+    numbers = {}
+    if optimizer.state:  # where there is none yet, one would be made by a step
+        numbers = gather.get_optimizer_state_dict(model, optimizer, options=whole)
+    return gather.get_model_state_dict(model, options=whole), numbers
+
+
+def restore(model: nn.Module, optimizer: torch.optim.Optimizer, path: Path, numbers: dict) -> None:
+    """Load the weights of a checkpoint, and an optimiser's state that was saved with them."""
+    if not is_sharded(model):
+        read_weights(model, path / "model.safetensors")
+        return optimizer.load_state_dict(numbers)
+    from safetensors.torch import load_file
+    from torch.distributed.checkpoint import state_dict as gather
+
+    whole = gather.StateDictOptions(full_state_dict=True)
+    if numbers:
+        gather.set_optimizer_state_dict(model, optimizer, numbers, options=whole)
+    gather.set_model_state_dict(model, load_file(path / "model.safetensors"), options=whole)
 
 
 def load_checkpoint(

@@ -561,7 +561,7 @@ def _frozen_norms(model):
 
 def _spread(run):
     """What is called in training, spread over the processes where there are several."""
-    if run.world == 1:
+    if run.world == 1 or checkpoints.is_sharded(run.model):
         return run.called
     if run.local:
         for tensor in [*run.model.parameters(), *run.model.buffers()]:
@@ -650,6 +650,7 @@ def _gradients(run, x, y, share):
     if run.scaler:
         run.scaler.unscale_(run.optimizer)
     norm = nn.utils.get_total_norm([p.grad for p in run.parameters if p.grad is not None])
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of fully_shard
     return [*scores.tolist(), float(norm)], (loss_of, hits_of) if share else (0, 0)
 
 # %% ../nbs/03_training.ipynb #0ea42173
@@ -792,25 +793,26 @@ def _finish_epoch(run, place, began):
     if place.best is None or score > place.best["score"]:
         place.best = {"name": f"step-{place.step:09d}", "epoch": row["epoch"], "score": score}
 
-# %% ../nbs/03_training.ipynb #a7a229ae
+# %% ../nbs/03_training.ipynb #d664ba18
 def _save(run, place):
     """Write a checkpoint of this moment; keeps the newest two and the best."""
     if run.folder is None:
         return
     sums = run.summed(place.sums)
+    weights, optimizer = checkpoints.states(run.model, run.optimizer)
     if run.rank:
         return
     now = checkpoints.describe_model(run.model)
     about = {"format": checkpoints.FORMAT, **asdict(place), "sums": sums, "settings": run.settings,
              "changed": [key for key, value in now.items() if value != run.settings.get(key)],
              **run.provenance}
-    state = {"optimizer": run.optimizer.state_dict(),
+    state = {"optimizer": optimizer,
              "schedule": run.schedule and run.schedule.state_dict(),
              "scaler": run.scaler and run.scaler.state_dict(),
              "callbacks": [c.state_dict() for c in run.callbacks if hasattr(c, "state_dict")]}
     path, text = run.folder / f"step-{place.step:09d}", json.dumps(about, indent=1)
     checkpoints.write_checkpoint(path, {
-        "model.safetensors": functools.partial(checkpoints.write_weights, run.model),
+        "model.safetensors": functools.partial(checkpoints.write_weights, weights),
         "state.pt": functools.partial(torch.save, state),
         "run.json": lambda path: path.write_text(text)})
     if len(checkpoints.saved(run.folder)) < 3:  # what cannot be read back should be known now
@@ -835,14 +837,14 @@ def _resume(run, resume, bound):
     about = checkpoints.read_run(path)
     checkpoints.need_same_run(path, about, run.settings, bound)
     run.settings = about["settings"] | {"epochs": run.epochs}
-    checkpoints.read_weights(run.model, path / "model.safetensors")
     state = checkpoints.read_state(path)
+    checkpoints.restore(run.model, run.optimizer, path, state["optimizer"])
     kept = [callback for callback in run.callbacks if hasattr(callback, "load_state_dict")]
     if len(kept) != len(state["callbacks"]):
         there = f"has {len(state['callbacks'])} callbacks with a state, not {len(kept)}"
         refuse(path, there, "give the same callbacks")
-    states = [state["optimizer"], state["schedule"], state["scaler"], *state["callbacks"]]
-    for part, numbers in zip([run.optimizer, run.schedule, run.scaler, *kept], states):
+    states = [state["schedule"], state["scaler"], *state["callbacks"]]
+    for part, numbers in zip([run.schedule, run.scaler, *kept], states):
         if part is not None:
             part.load_state_dict(numbers)
     place = Place(**{name: about[name] for name in Place.__dataclass_fields__})
