@@ -30,8 +30,9 @@ from . import checkpoints
 from .checkpoints import CheckpointError, load_checkpoint, refuse
 from .checks import need_known, need_number
 from .feedback import FeedbackModel, stepwise_loss
-from .files import locked
+from .files import locked, remove_leftovers
 from .order import batch_order, batches, checked_data, kept_random_state, seed_all
+from .records import code_state, made_by
 
 _all_ = ["CheckpointError", "load_checkpoint", "batch_order", "batches", "kept_random_state",
          "seed_all"]
@@ -524,7 +525,8 @@ class Run:
         self.schedule = make_schedule(self.optimizer, schedule, self.epochs * self.n_batches)
         self.scaler = torch.amp.GradScaler(self.device.type) if self.precision == "fp16" else None
         self.settings = _settings(self, groups, schedule) if self.folder else {}
-        self.provenance = checkpoints.provenance() if self.folder else {}
+        threads, where = torch.get_num_threads(), str(self.device)
+        self.made = made_by(code_state(), where, threads) if self.folder else {}
         self.called = _spread(self)
 
     def autocast(self):
@@ -805,7 +807,7 @@ def _save(run, place):
     now = checkpoints.describe_model(run.model)
     about = {"format": checkpoints.FORMAT, **asdict(place), "sums": sums, "settings": run.settings,
              "changed": [key for key, value in now.items() if value != run.settings.get(key)],
-             **run.provenance}
+             "made": run.made}
     state = {"optimizer": optimizer,
              "schedule": run.schedule and run.schedule.state_dict(),
              "scaler": run.scaler and run.scaler.state_dict(),
@@ -819,13 +821,14 @@ def _save(run, place):
         checkpoints.read_state(path)
     checkpoints.prune(run.folder)
 
-# %% ../nbs/03_training.ipynb #0a52a708
+# %% ../nbs/03_training.ipynb #19dbd8e5
 def _resume(run, resume, bound):
     """Where the newest intact checkpoint left off; without one the start, which is saved."""
     if run.folder is None:
         return Place()
     if run.rank == 0:
-        checkpoints.sweep(run.folder)
+        run.folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(run.folder / "step-*")
     run.summed([0.0])  # wait for all
     if not (found := checkpoints.saved(run.folder)):
         run.summed([0.0])  # all have looked
