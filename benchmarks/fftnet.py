@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from feedback_nb.evaluation import _peak_bytes
+from feedback_nb.cost import _peak_bytes
 from feedback_nb.fftnet import FNetMixer, SpectralMixer, attention
 
 FLOOR, CROSSOVER = 2.0, 384  # the bounds

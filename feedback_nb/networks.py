@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['rnn', 'text_encoder', 'count_parameters', 'cnn', 'torchvision_net', 'resnet18', 'vit', 'Recurrent', 'RNN',
-           'TextBlock', 'TextEncoder', 'SmallAlexNet', 'match_parameters', 'multiply_adds', 'match_compute',
-           'default_layers', 'suggest_connections']
+           'TextBlock', 'TextEncoder', 'SmallAlexNet', 'match_parameters', 'match_compute', 'default_layers',
+           'suggest_connections']
 
 # %% ../nbs/06_networks.ipynb #0a2959bd
 #| code-fold: true
 #| code-summary: "Imports"
-import copy
 import itertools
 from collections import Counter
 from collections.abc import Callable
@@ -18,8 +17,9 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
+from .cost import multiply_adds
 from .layers import trace_calls
 
 # %% ../nbs/06_networks.ipynb #3446efa2
@@ -303,21 +303,6 @@ def match_parameters(
         if count_parameters(net) >= goal:
             return net
         _refuse_still(sizes, count_parameters(net))
-
-# %% ../nbs/06_networks.ipynb #571eb56d
-@torch.no_grad()
-def multiply_adds(
-    net: nn.Module,
-    example,  # an input as the network takes it
-    **options,  # of the call, as steps=1
-) -> int:  # of one forward pass in eval mode
-    """Multiply-adds of matrix products, convolutions and attention, counted on the meta device."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    copied = copy.deepcopy(net).to("meta").eval()  # on the meta device no kernel is fused
-    with FlopCounterMode(display=False) as counter:
-        copied(tree_map_only(torch.Tensor, lambda leaf: leaf.to("meta"), example), **options)
-    return counter.get_total_flops() // 2
 
 # %% ../nbs/06_networks.ipynb #482d304e
 def match_compute(

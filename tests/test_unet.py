@@ -393,7 +393,7 @@ def test_truncation_is_the_gradient_through_the_last_steps():
 
 
 def live_bytes(backprop, T):
-    from feedback_nb.evaluation import _LiveBytes
+    from feedback_nb.cost import _LiveBytes
 
     model, x, y = (
         small(backprop=backprop, steps=T, channels=(8, 16)),
