@@ -69,7 +69,7 @@ RECIPES |= {f"lrm-{net}": (net, "lrm", 0) for net in SMALL if net != "alexnet"}
 RECIPES["fftnet-vit-b16"] = ("vit-b16", "fftnet", 0)
 RECIPES |= {f"caps-{net}": (net, "caps", 0) for net in SMALL if net != "vit-b16"}
 
-# %% ../nbs/99_recipes.ipynb #74661ae8
+# %% ../nbs/99_recipes.ipynb #7808ce58
 _STEPS = {"optimizer": "sgd", "epochs": 90, "batch": 256, "weight_decay": 1e-4}
 _VIT = {"optimizer": "adamw", "epochs": 300, "batch": 4096, "lr": 3e-3, "weight_decay": 0.3,
         "schedule": "cosine", "warmup": 30, "smoothing": 0.11, "mixup": 0.2, "cutmix": 1.0,
@@ -87,8 +87,8 @@ _CBL = {
                  "batch": 256, "epochs": 90},
     "vit-b16": {"optimizer": "adamw", "lr": 1e-4, "schedule": "cosine", "batch": 1024,
                 "epochs": 90}}
-_CBL_PLAIN = {"warmup": 0, "mixup": 0.0, "cutmix": 0.0, "smoothing": 0.0, "clip": None,
-              "augment": "crop"}
+_CBL_PLAIN = {"ema": None, "warmup": 0, "mixup": 0.0, "cutmix": 0.0, "smoothing": 0.0,
+              "clip": None, "augment": "crop"}
 _LRM = {"optimizer": "sgd", "epochs": 100, "schedule": "one-cycle", "warmup": 15, "batch": 2048,
         "weight_decay": 5e-5}
 
