@@ -6,7 +6,7 @@ Rules: feedback_nb/ is what the notebooks export · each notebook is clean · no
 or machine path among the outputs · every figure has a text for those who cannot see it · a
 notebook with code has outputs · README.md is what index.ipynb gives · every chapter is in the
 site's sidebar · the reading budget is kept (scripts/budget.py) · the claims of nbs/claims.yaml
-agree with their records and cells (scripts/claims.py).
+agree with their records and cells (scripts/claims.py) · every [@key] is in nbs/references.bib.
 """
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ import yaml
 from budget import check_budget
 from claims import check_claims
 from project import directives, notebooks, settings
+from references import check_references
 
 FOLDERS = "home|Users|root|tmp|work|mnt|opt|private|content|workspaces?|scratch"
 MACHINE = re.compile(rf"(?<![\w./:+=-])(/(?:{FOLDERS})/[\w.-][^\s\"'<>)]*"
@@ -208,7 +209,7 @@ def main() -> int:
     faults = [fault for path in paths for fault in check_notebook(root, path)]
     if not args.notebooks:
         faults += check_export(root) + check_readme(root) + check_sidebar(root) + check_budget(root)
-        faults += check_claims(root)
+        faults += check_claims(root) + check_references(root)
     print("\n".join(faults)
           if faults else f"{len(paths)} notebooks: exported, clean, described and run.")
     return 1 if faults else 0

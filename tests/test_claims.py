@@ -239,3 +239,28 @@ def test_the_table_is_filtered_and_sorted_in_a_browser(tmp_path):
     caps = sum(claim["paper"] == "caps" for claim in data)
     assert said[:2] == [True, caps] and 0 < said[2] < caps
     assert said[3:] == ["fails", "not measured", "descending"]
+
+
+def test_references_that_cannot_be_found_are_named(project):
+    import references
+
+    assert references.check_references(ROOT) == []
+    bib = project / "nbs" / "references.bib"
+    bib.write_text("@misc{here, title = {A {T}itle}, url = {https://x.org}}\n"
+                   "@misc{lost, title = {No address}}\n@misc{here, title = {Again}, doi = {1}}\n")
+    text = ("## Of [@here; @gone, p. 3] and @fig-one, `@code`, a@b.org\n\n"
+            "```bibtex\n@misc{inside}\n```\n")
+    nbformat.write(new_notebook(cells=[new_markdown_cell(text)]), project / "nbs" / "20_two.ipynb")
+    said = "\n".join(references.check_references(project))
+    assert "here stands twice" in said and "lost has no doi" in said and "cites @gone" in said
+    assert len(said.splitlines()) == 3
+
+
+def test_the_bibliography_is_read_by_pandoc():
+    import pypandoc
+    import references
+
+    path = ROOT / "nbs" / "references.bib"
+    read = json.loads(pypandoc.convert_file(str(path), "csljson", format="bibtex"))
+    known = references.entries(path.read_text(encoding="utf-8"))
+    assert {entry["id"] for entry in read} == {key for key, _ in known} and len(known) >= 80

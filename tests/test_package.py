@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted(p.stem for p in (ROOT / "feedback_nb").glob("*.py")
                  if p.stem not in ("__init__", "_modidx"))
-LIGHT = "torchvision torchaudio pandas matplotlib sklearn scipy accelerate safetensors captum tqdm IPython PIL".split()
+LIGHT = "torchvision torchaudio pandas matplotlib sklearn scipy safetensors captum tqdm IPython PIL".split()
 
 
 def settings():
@@ -83,7 +83,7 @@ CONTRACT = {
     "data": {"load": ["name", "split", "root", "size", "download"], "names": []},
     "training": {
         "fit": ["model", "data", "epochs", "lr", "optimizer", "schedule", "loss", "augment", "seed",
-                "precision", "compile", "checkpoint", "resume", "callbacks", "tracker"],
+                "precision", "checkpoint", "resume", "callbacks"],
         "evaluate": ["model", "data"],
     },
     "unet": {

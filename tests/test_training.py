@@ -1,4 +1,6 @@
 """What a user of `fit`, `evaluate` and their checkpoints relies on."""
+import gc
+import inspect
 import json
 import math
 import os
@@ -18,9 +20,19 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
-from feedback_nb import training
+from feedback_nb import checkpoints, training
 from feedback_nb.feedback import FeedbackModel, State, stepwise_loss
-from feedback_nb.training import CheckpointError, History, accuracy, batch_order, batches, evaluate, fit, load_checkpoint
+from feedback_nb.training import (
+    CheckpointError,
+    Clip,
+    History,
+    accuracy,
+    batch_order,
+    batches,
+    evaluate,
+    fit,
+    load_checkpoint,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -109,18 +121,30 @@ def rows(history):
 
 
 class StopAt:
-    """An augmentation that presses Ctrl-C before optimiser step `step`."""
-
-    __qualname__ = noisy.__qualname__  # a run goes on with the augmentation it began with
+    """A callback that presses Ctrl-C in optimiser step `step`, after the weights have moved."""
 
     def __init__(self, step):
         self.step = step
 
-    def __call__(self, x):
+    def after_step(self, model):
         self.step -= 1
         if self.step < 0:
             raise KeyboardInterrupt
-        return noisy(x)
+
+
+class Average(torch.optim.swa_utils.AveragedModel):
+    """The moving average of chapter 03."""
+
+    def __init__(self, model, decay):
+        mean = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
+        super().__init__(model, multi_avg_fn=mean, use_buffers=True)
+
+    def after_step(self, model):
+        self.update_parameters(model)
+
+    def __call__(self, history, model):
+        scores = evaluate(self.module, VALID)
+        history.rows[-1] |= {f"valid_{name}": scores[name] for name in ("loss", "accuracy")}
 
 
 # ── seeds and order ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -141,19 +165,11 @@ def test_random_state_and_modes_are_put_back():
     run(model, augment=noisy)
     evaluate(model, VALID)
     with pytest.raises(KeyboardInterrupt):
-        run(model, augment=StopAt(3))
+        run(model, augment=noisy, callbacks=[StopAt(3)])
     assert random.getstate() == before[0] and np.random.get_state()[1].tolist() == before[1]
     assert torch.equal(torch.get_rng_state(), before[2])
     assert model.drop.training and not model.norm.training and not model.training
     assert all(p.grad is None for p in model.parameters())
-
-
-def test_a_users_own_accelerator_is_left_alone():
-    from accelerate import Accelerator
-
-    mine = Accelerator(cpu=True, mixed_precision="no")
-    run(build(), precision="bf16", epochs=1)
-    assert mine.mixed_precision == "no" and mine.device.type == "cpu"
 
 
 @given(st.integers(1, 300), st.integers(1, 70), st.integers(0, 5), st.integers(0, 5))
@@ -230,7 +246,9 @@ class Noise(Dataset):
 def test_reading_ahead_in_other_processes_changes_nothing():
     a, b = build(), build()
     run(a, Noise(), epochs=1)
-    run(b, Noise(), epochs=1, workers=1)
+    ahead = Noise()
+    ahead.workers = 1
+    run(b, ahead, epochs=1)
     assert_same(a, b)
 
 
@@ -242,8 +260,8 @@ def test_a_dataloader_is_taken_as_it_is_and_resumes_too(tmp_path):
     history = run(whole, loader(), augment=noisy)
     assert rows(history)[0]["train_loss"] > 0 and math.isnan(rows(history)[0]["valid_loss"])
     with pytest.raises(KeyboardInterrupt):
-        run(part, loader(), augment=StopAt(11), checkpoint=tmp_path, checkpoint_every=2)
-    run(again, loader(), augment=noisy, checkpoint=tmp_path, checkpoint_every=2)
+        run(part, loader(), augment=noisy, callbacks=[StopAt(11)], checkpoint=(tmp_path, 2))
+    run(again, loader(), augment=noisy, checkpoint=(tmp_path, 2))
     assert_same(whole, again)
 
 
@@ -315,23 +333,30 @@ def test_a_models_own_backward_pass_is_used():
 
 def test_averaged_weights_follow_the_definition_and_are_what_is_validated(tmp_path):
     seen, model = [], build()
-    x, y = VALID.tensors
+    average = Average(model, 0.9)
 
     def look(history, model):
         seen.append(weights(model))
 
-    history = run(model, batch_size=100, epochs=3, ema=0.9, callbacks=[look], checkpoint=tmp_path)
+    how = dict(batch_size=100, checkpoint=tmp_path)
+    history = run(model, epochs=3, callbacks=[look, average], **how)
     expected = seen[0]
     for after in seen[1:]:
-        expected = {k: 0.9 * expected[k] + 0.1 * after[k] if after[k].is_floating_point() else after[k] for k in after}
-    torch.testing.assert_close({k: v for k, v in weights(model).items() if "num" not in k}, {k: v for k, v in expected.items() if "num" not in k})
-    assert history.rows[-1]["valid_loss"] == pytest.approx(F.cross_entropy(model.eval()(x), y).item(), abs=1e-6)
-    other = build(seed=5)
-    load_checkpoint(other, tmp_path)
-    assert_same(other, model)
+        expected = {k: 0.9 * expected[k] + 0.1 * v if v.is_floating_point() else v
+                    for k, v in after.items()}
+    found = weights(average.module)
+    for name in (key for key in found if "num" not in key):  # torch counts batches its own way
+        torch.testing.assert_close(found[name], expected[name])
+    loss = F.cross_entropy(average.module.eval()(VALID.tensors[0]), VALID.tensors[1]).item()
+    assert history.rows[-1]["valid_loss"] == pytest.approx(loss, abs=1e-6)
+    again = Average(build(seed=4), 0.9)
+    run(build(seed=5), epochs=3, callbacks=[again], **how)
+    assert_same(again.module, average.module)
+    with pytest.raises(CheckpointError, match="callbacks"):
+        run(build(), epochs=3, **how)
 
 
-def test_bf16_trains_float32_weights_and_fp16_is_refused_on_a_cpu(monkeypatch):
+def test_bf16_trains_float32_weights_and_fp16_is_refused_on_a_cpu():
     model = build(Loop)
     history = run(model, precision="bf16", epochs=3)
     assert all(p.dtype == torch.float32 for p in model.parameters())
@@ -339,13 +364,6 @@ def test_bf16_trains_float32_weights_and_fp16_is_refused_on_a_cpu(monkeypatch):
     assert "forward" not in vars(model)
     with pytest.raises(ValueError, match="bf16"):
         run(build(), precision="fp16")
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # what accelerate launch --mixed_precision sets
-    asked = build(Loop)
-    run(asked, epochs=3)
-    assert_same(asked, model)
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
-    with pytest.raises(ValueError, match="fp16.*needs a GPU"):
-        run(build())
     with pytest.raises(ValueError, match="precision"):
         run(build(), precision="float8")
 
@@ -353,7 +371,7 @@ def test_bf16_trains_float32_weights_and_fp16_is_refused_on_a_cpu(monkeypatch):
 def test_a_compiled_model_takes_the_same_steps(tmp_path):
     plain, compiled = build(Loop), build(Loop)
     run(plain)
-    run(compiled, compile="eager", checkpoint=tmp_path)
+    run(torch.compile(compiled, backend="eager"), checkpoint=tmp_path)
     torch.testing.assert_close(weights(plain), weights(compiled))
     load_checkpoint(build(Loop), tmp_path)  # the keys are the model's own
 
@@ -395,36 +413,50 @@ def test_a_compiled_model_keeps_the_loss_of_every_step():
         torch.testing.assert_close(value, found[1][name])
 
 
-def test_options_that_mean_nothing_are_refused():
-    for options, match in [
-        ({"optimizer": "adamm"}, "adamw"), ({"schedule": "cos"}, "cosine"), ({"lr": -1.0}, "lr"), ({"epochs": 0}, "epochs"),
-        ({"batch_size": 0}, "batch_size"), ({"accumulate": 0}, "accumulate"), ({"ema": 1.5}, "ema"), ({"checkpoint_every": 0}, "checkpoint_every"),
-        ({"label_smoothing": 0.1, "loss": F.mse_loss}, "label_smoothing"), ({"clip": 0.0}, "clip"), ({"loss": partial(F.cross_entropy, reduction="none")}, "reduction"),
-    ]:
-        with pytest.raises(ValueError, match=match):
-            run(build(), **options)
-    frozen = build().requires_grad_(False)
+@pytest.mark.parametrize(("options", "match"), [
+    ({"optimizer": "adamm"}, "adamw"), ({"schedule": "cos"}, "cosine"), ({"lr": -1.0}, "lr"),
+    ({"epochs": 0}, "epochs"), ({"batch_size": 0}, "batch_size"), ({"seed": 0.5}, "seed"),
+    ({"accumulate": 0}, "accumulate"), ({"checkpoint": ("run", 0)}, "between checkpoints"),
+    ({"loss": partial(F.cross_entropy, reduction="none")}, "reduction")], ids=str)
+def test_options_that_mean_nothing_are_refused(options, match):
+    with pytest.raises(ValueError, match=match):
+        run(build(), **options)
+
+
+def test_models_that_cannot_be_trained_so_are_refused():
     with pytest.raises(ValueError, match="nothing to train"):
-        run(frozen)
+        run(build().requires_grad_(False))
     with pytest.raises(ValueError, match="compile"):
-        run(build(Local), compile=True)
+        run(torch.compile(build(Local), backend="eager"))
+    with pytest.raises(ValueError, match="norm"):
+        Clip(0.0)
 
 
-def test_label_smoothing_is_for_training_alone():
+@pytest.mark.parametrize("name", training.INSTEAD)
+def test_an_argument_that_is_gone_says_what_to_write(name):
+    with pytest.raises(TypeError, match=f"{name}=.*write"):
+        run(build(), **{name: 1})
+    assert len(inspect.signature(fit).parameters) <= 18
+    with pytest.raises(TypeError, match="nonsense"):
+        run(build(), nonsense=1)
+
+
+def test_label_smoothing_is_a_loss():
     x, y = TRAIN.tensors
     model = build(nn.Linear, in_features=6, out_features=3)
-    before = {s: F.cross_entropy(model(x), y, label_smoothing=s).item() for s in (0.0, 0.2)}
-    history = run(model, (TRAIN, TRAIN), batch_size=100, epochs=1, label_smoothing=0.2, lr=1e-9)
-    assert history.rows[0]["train_loss"] == pytest.approx(before[0.2], abs=1e-6)
-    assert history.rows[0]["valid_loss"] == pytest.approx(before[0.0], abs=1e-6)
+    before = F.cross_entropy(model(x), y, label_smoothing=0.2).item()
+    smooth = nn.CrossEntropyLoss(label_smoothing=0.2)
+    history = run(model, (TRAIN, TRAIN), batch_size=100, epochs=1, loss=smooth, lr=1e-9)
+    assert history.rows[0]["train_loss"] == pytest.approx(before, abs=1e-6)
 
 
 def test_clipping_bounds_the_step():
     model = build(nn.Linear, in_features=6, out_features=3)
     before = model.weight.detach().clone(), model.bias.detach().clone()
-    run(model, batch_size=100, epochs=1, clip=1e-3, optimizer=partial(torch.optim.SGD, lr=1.0))
-    moved = math.hypot((model.weight - before[0]).norm().item(), (model.bias - before[1]).norm().item())
-    assert moved == pytest.approx(1e-3, rel=1e-3)
+    sgd = partial(torch.optim.SGD, lr=1.0)
+    run(model, batch_size=100, epochs=1, callbacks=[Clip(1e-3)], optimizer=sgd)
+    weight, bias = (model.weight - before[0]).norm().item(), (model.bias - before[1]).norm().item()
+    assert math.hypot(weight, bias) == pytest.approx(1e-3, rel=1e-3)
 
 
 def test_callbacks_see_the_history_and_can_end_the_run(tmp_path):
@@ -441,48 +473,17 @@ def test_callbacks_see_the_history_and_can_end_the_run(tmp_path):
 
 
 def test_tensorboard_gets_the_rows(tmp_path):
-    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    history = run(build(), checkpoint=tmp_path, tracker="tensorboard")
-    logs = {path.parent for path in tmp_path.rglob("events.out.tfevents*")}
-    found = []
-    for log in logs:
-        events = event_accumulator.EventAccumulator(str(log)).Reload()
-        if "valid_loss" in events.Tags()["scalars"]:
-            found = [event.value for event in events.Scalars("valid_loss")]
-    assert found == pytest.approx(history.frame.valid_loss.tolist(), abs=1e-6)
-    with pytest.raises(ValueError, match="checkpoint="):
-        run(build(), tracker="tensorboard")
-    with pytest.raises(ValueError, match="no-such-tracker"):
-        run(build(), checkpoint=tmp_path, tracker="no-such-tracker")
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torch.utils.tensorboard import SummaryWriter
 
+    def log(history, model):
+        writer.add_scalar("valid_loss", history.rows[-1]["valid_loss"], len(history))
 
-def test_a_tracker_object_of_accelerate_is_passed_through():
-    from accelerate.tracking import GeneralTracker
-
-    class Notes(GeneralTracker):
-        name, requires_logging_directory = "notes", False
-
-        def __init__(self):
-            self.config, self.logged, self.finished = None, [], False
-            super().__init__()
-
-        @property
-        def tracker(self):
-            return self.logged
-
-        def store_init_configuration(self, values):
-            self.config = values
-
-        def log(self, values, step):
-            self.logged.append((step, values))
-
-        def finish(self):
-            self.finished = True
-
-    notes = Notes()
-    history = run(build(), tracker=notes)
-    assert notes.config["batch_size"] == 16 and notes.finished
-    assert [(step, values["valid_loss"]) for step, values in notes.logged] == [(row["epoch"], row["valid_loss"]) for row in history.rows]
+    with SummaryWriter(str(tmp_path)) as writer:
+        history = run(build(), callbacks=[log])
+    found = EventAccumulator(str(tmp_path)).Reload().Scalars("valid_loss")
+    assert [event.value for event in found] == pytest.approx(history.frame.valid_loss.tolist())
 
 
 class Painter(FeedbackModel):
@@ -516,7 +517,7 @@ def test_masks_and_spectrograms_train_with_a_loss_at_every_step():
     with torch.no_grad():
         by_hand = torch.stack([F.cross_entropy(y, masks) for y in painter.trajectory(x).outputs]).mean().item()
         right = (painter(x).argmax(1) == masks).float().mean().item()
-    history = run(painter, (data, data), batch_size=24, epochs=30, lr=3e-2, metrics={"share": share})
+    history = run(painter, (data, data), batch_size=24, epochs=30, lr=3e-2)
     assert history.rows[0]["train_loss"] == pytest.approx(by_hand, abs=1e-6) and history.rows[0]["train_accuracy"] == pytest.approx(right, abs=1e-6)
     assert history.rows[-1]["valid_accuracy"] > 0.9 > history.rows[0]["valid_accuracy"]
     scores = evaluate(painter, data, metrics={"share": share}, batch_size=7)
@@ -571,8 +572,6 @@ def test_metrics_are_averaged_over_examples():
     result = evaluate(build(Loop), VALID, batch_size=7, metrics={"confidence": largest})
     expected = largest(build(Loop)(VALID.tensors[0]), None).mean().item()
     assert result["confidence"] == pytest.approx(expected, abs=1e-6)
-    history = run(build(), metrics={"confidence": largest})
-    assert "valid_confidence" in history.frame
 
 
 def test_accuracy_of_classes_pixels_and_numbers():
@@ -583,6 +582,95 @@ def test_accuracy_of_classes_pixels_and_numbers():
     assert accuracy(masks, torch.tensor([[[1, 0], [0, 1]]])).item() == 0.75
     assert accuracy(torch.zeros(3, 1), torch.zeros(3, 1)).isnan()
     assert accuracy(torch.zeros(3, 2), torch.zeros(2, dtype=torch.long)).isnan()
+
+
+def test_an_accuracy_counts_neither_ignored_labels_nor_answers_that_are_none():
+    logits = torch.tensor([[2.0, 0.0], [0.0, 2.0], [2.0, 0.0], [float("nan"), 0.0]])
+    assert accuracy(logits, torch.tensor([0, 1, -100, -100])).item() == 1.0
+    assert accuracy(logits, torch.tensor([0, 1, 1, 0])).item() == 0.5
+    assert accuracy(torch.tensor([[1.0], [-1.0], [2.0]]), torch.tensor([1, 0, 0])).item() == \
+        pytest.approx(2 / 3)
+    data = TensorDataset(torch.eye(4), torch.tensor([0, 1, -100, 3]))
+    for batch_size in (1, 3, 4):
+        scores = evaluate(nn.Identity(), data, batch_size=batch_size)
+        assert (scores["accuracy"], scores["n"]) == (1.0, 4)
+        right = F.cross_entropy(torch.eye(4), data.tensors[1]).item()
+        assert scores["loss"] == pytest.approx(right, abs=1e-6)
+
+
+LOSSES = {"partial": partial(F.cross_entropy, weight=torch.tensor([1.0, 5.0, 0.2])),
+          "module": nn.CrossEntropyLoss(weight=torch.tensor([1.0, 5.0, 0.2]), ignore_index=2),
+          "plain": F.cross_entropy}
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_the_batch_size_does_not_change_a_weighted_loss(loss):
+    x, y = VALID.tensors
+    y = y.clone()
+    y[::7] = loss.ignore_index if isinstance(loss, nn.Module) else -100
+    model = build(nn.Linear, in_features=6, out_features=3)
+    whole = loss(model(x), y).item()
+    for batch_size in (2, 7, 30):
+        scores = evaluate(model, TensorDataset(x, y), batch_size=batch_size, loss=loss)
+        assert scores["loss"] == pytest.approx(whole, abs=1e-6)
+    trained = [build(nn.Linear, in_features=6, out_features=3) for _ in range(2)]
+    for net, pieces in zip(trained, (1, 5)):
+        run(net, TensorDataset(x, y), loss=loss, accumulate=pieces, epochs=1)
+    torch.testing.assert_close(trained[0].weight, trained[1].weight)
+
+
+def test_a_seed_of_numpy_is_the_same_seed():
+    a, b = build(), build()
+    run(a, seed=3, augment=noisy)
+    run(b, seed=np.int64(3), augment=noisy, epochs=np.int64(2))
+    assert_same(a, b)
+    assert batch_order(9, 2, seed=np.int64(3), epoch=1) == batch_order(9, 2, seed=3, epoch=1)
+
+
+def test_an_error_leaves_the_statistics_of_batch_norm_as_they_were():
+    x, y = (tensor.clone() for tensor in TRAIN.tensors)
+    x[17, 2] = float("nan")
+    model, seen = build(), []
+
+    class Look:
+        def after_step(self, model):
+            seen.append(weights(model))
+
+    before = weights(model)
+    with pytest.raises(FloatingPointError):
+        run(model, TensorDataset(x, y), callbacks=[Look()])
+    assert_same(model, seen[-1] if seen else before)
+    assert model.norm.running_mean.isfinite().all()
+
+
+def test_a_batch_norm_that_the_user_froze_is_not_trained():
+    model = build()
+    model.norm.eval()
+    before = model.norm.running_mean.clone()
+    run(model, epochs=1)
+    assert torch.equal(model.norm.running_mean, before) and not model.norm.training
+    whole = build().eval()  # a model that was evaluated is trained as a whole
+    run(whole, epochs=1)
+    assert not torch.equal(whole.norm.running_mean, before)
+    whole = build().eval()
+    whole.norm.requires_grad_(False)
+    run(whole, epochs=1)
+    assert torch.equal(whole.norm.running_mean, before)
+
+
+def test_what_is_kept_of_an_evaluation_does_not_grow_with_the_data():
+    class Wide(nn.Module):
+        def forward(self, x):
+            sizes = [t.numel() for t in gc.get_objects() if type(t) is torch.Tensor]
+            held.append(sum(size for size in sizes if size >= 3 * 64 * 64))
+            return x[:, None, None, None].expand(-1, 3, 64, 64).clone()
+
+    held = []
+    data = TensorDataset(torch.rand(12), torch.zeros(12, 64, 64, dtype=torch.long))
+    share = {"share": lambda output, target: output.argmax(1).float().mean((1, 2))}
+    evaluate(Wide(), data, batch_size=1, metrics=share)
+    run(nn.Sequential(Wide(), nn.Conv2d(3, 3, 1)), (data, data), epochs=1, batch_size=1)
+    assert max(held[2:12]) <= max(held[:2])
 
 
 def test_regression_has_a_loss_and_no_accuracy():
@@ -596,21 +684,28 @@ def test_regression_has_a_loss_and_no_accuracy():
 # ── stopping and going on ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 OPTIONS = [
-    {}, {"checkpoint_every": 1}, {"checkpoint_every": 3, "ema": 0.9, "schedule": "one-cycle", "optimizer": "sgd"},
-    {"schedule": "warmup-cosine", "clip": 1.0, "accumulate": 2, "checkpoint_every": 2}]
+    {}, {"every": 1}, {"every": 3, "ema": True, "schedule": "one-cycle", "optimizer": "sgd"},
+    {"every": 2, "schedule": "warmup-cosine", "clip": True, "accumulate": 2}]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("step", [0, 1, 4, 6, 11])
 def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(tmp_path, options, step):
+    how = {k: v for k, v in options.items() if k not in ("every", "ema", "clip")}
+    how |= {"epochs": 3, "augment": noisy}
+    folder = (tmp_path, options["every"]) if "every" in options else tmp_path
+
+    def go(model, *more, **where):
+        average = [Average(model, 0.9)] if "ema" in options else []
+        clip = [Clip(1.0)] if "clip" in options else []
+        return run(model, callbacks=[*average, *clip, *more], **how, **where)
+
     whole, part, again = build(), build(), build(seed=9)
-    history = run(whole, epochs=3, augment=noisy, **options)
+    history = go(whole)
     with pytest.raises(KeyboardInterrupt, match="to go on") as caught:
-        run(part, epochs=3, augment=StopAt(step), checkpoint=tmp_path, **options)
+        go(part, StopAt(step), checkpoint=folder)
     assert rows(caught.value.history) == rows(history)[: step // 4]
-    if not list(tmp_path.glob("step-*")):  # nothing saved yet: it starts afresh, from the caller's weights
-        again = build()
-    resumed = run(again, epochs=3, augment=noisy, checkpoint=tmp_path, **options)
+    resumed = go(again, checkpoint=folder)
     assert_same(whole, again)
     assert rows(resumed) == rows(history) == rows(History.read(tmp_path))
 
@@ -619,18 +714,26 @@ KILL = '''
 import os, random, signal, sys, time
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import TensorDataset
 torch.set_num_threads(1)
-import accelerate, accelerate.utils, safetensors.torch, tqdm.auto, torch.optim.swa_utils  # once, here: the children are forked
+import safetensors.torch, tqdm.auto  # once, here: the children are forked
 torch.optim.Adam([torch.zeros(1)])  # imports the compiler
-from feedback_nb.training import History, fit, load_checkpoint
-x = torch.randn(60, 6, generator=torch.Generator().manual_seed(0)); data = TensorDataset(x, (x[:, 0] > 0).long())
+from feedback_nb.training import fit, load_checkpoint
+x = torch.randn(60, 6, generator=torch.Generator().manual_seed(0))
+data = TensorDataset(x, (x[:, 0] > 0).long())
+class Average(AveragedModel):
+    def after_step(self, model): self.update_parameters(model)
+    def __call__(self, history, model): history.rows[-1]["mean"] = float(self.module[0].weight.mean())
 def model(seed=0):
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(0.2), nn.Linear(16, 2))
+    norm = [nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(0.2)]
+    return nn.Sequential(*norm, nn.Linear(16, 2))
 def train(folder):
-    fit(model(), (data, data), epochs=6, batch_size=6, augment=lambda x: x + torch.randn_like(x), ema=0.9, device="cpu", checkpoint=folder,
-        checkpoint_every=3, progress=False)
+    net = model()
+    average = Average(net, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    fit(net, (data, data), epochs=6, batch_size=6, augment=lambda x: x + torch.randn_like(x),
+        device="cpu", checkpoint=(folder, 3), callbacks=[average], progress=False)
 def child(folder):
     pid = os.fork()
     if pid == 0:
@@ -642,7 +745,8 @@ def child(folder):
 def finish(folder):
     assert os.waitpid(child(folder), 0)[1] == 0, folder
     m = model(1); about = load_checkpoint(m, folder)
-    return m.state_dict(), [{k: v for k, v in row.items() if k != "seconds"} for row in about["history"]]
+    rows = [{k: v for k, v in row.items() if k != "seconds"} for row in about["history"]]
+    return m.state_dict(), rows
 base, moments = sys.argv[1], int(sys.argv[2])
 start = time.time(); weights, history = finish(base + "/whole"); length = time.time() - start
 assert len(history) == 6
@@ -653,7 +757,8 @@ for k in range(moments):
     time.sleep(rng.uniform(0.0, 1.0) * length)
     os.kill(pid, signal.SIGKILL)
     killed += os.WIFSIGNALED(os.waitpid(pid, 0)[1])
-    partial += any(name.startswith("step-") for name in os.listdir(folder)) if os.path.isdir(folder) else 0
+    partial += any(name.startswith("step-") for name in os.listdir(folder)) \\
+        if os.path.isdir(folder) else 0
     after, rows = finish(folder)
     assert rows == history, (k, rows)
     assert all(torch.equal(after[key], weights[key]) for key in weights), k
@@ -712,8 +817,8 @@ def test_more_epochs_go_on_and_a_finished_run_is_given_back(tmp_path):
 
 def test_a_run_with_other_settings_is_refused_by_name(tmp_path):
     run(build(), epochs=1, checkpoint=tmp_path / "a")
-    for options, match in [({"lr": 0.5}, "0.5"), ({"batch_size": 8}, "batch_size"), ({"seed": 4}, "seed"), ({"data": toy(50)}, "n_train"),
-                           ({"optimizer": "sgd"}, "SGD"), ({"clip": 1.0}, "clip"), ({"augment": noisy}, "augment")]:
+    for options, match in [({"lr": 0.5}, "0.5"), ({"batch_size": 8}, "batch_size"), ({"seed": 4}, "seed"), ({"data": toy(50)}, "training data"),
+                           ({"optimizer": "sgd"}, "SGD"), ({"callbacks": [Clip(1.0)]}, "Clip"), ({"augment": noisy}, "augment")]:
         with pytest.raises(CheckpointError, match=match):
             run(build(), epochs=1, checkpoint=tmp_path / "a", **options)
     run(build(), epochs=1, checkpoint=tmp_path / "b", schedule="cosine")
@@ -797,7 +902,7 @@ def test_a_checkpoint_of_another_model_is_refused_by_key_and_shape(tmp_path):
         with pytest.raises(CheckpointError, match=match):
             load_checkpoint(other, tmp_path)
         assert_same(before, other)
-    with pytest.raises(CheckpointError, match="another model"):
+    with pytest.raises(CheckpointError, match="out_features: 8 then, 9 now"):
         run(build(width=9), epochs=1, checkpoint=tmp_path)
     with pytest.raises(CheckpointError, match="no checkpoint"):
         load_checkpoint(build(), tmp_path / "nowhere")
@@ -815,10 +920,10 @@ class Bomb:
 @pytest.mark.parametrize("write", [lambda bomb, path: torch.save(bomb, path), lambda bomb, path: path.write_bytes(pickle.dumps(bomb))], ids=["torch", "pickle"])
 def test_a_pickle_bomb_runs_nothing(tmp_path, write):
     run(build(), epochs=1, checkpoint=tmp_path)
-    (path,) = tmp_path.glob("step-*")
+    path = checkpoints.newest(tmp_path)
     write(Bomb(tmp_path / "boom"), path / "state.pt")
     manifest = json.loads((path / "manifest.json").read_text())
-    manifest["state.pt"] = training._digest(path / "state.pt")  # an attacker gets the checksum right
+    manifest["state.pt"] = checkpoints._digest(path / "state.pt")  # an attacker gets the checksum right
     (path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="none of it was run"):
         run(build(), epochs=2, checkpoint=tmp_path)
@@ -837,7 +942,8 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_whole(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         run(build(), epochs=3, checkpoint=tmp_path)
     monkeypatch.undo()
-    assert [path.name for path in tmp_path.iterdir() if path.name != ".lock"] == ["step-000000004"]
+    left = sorted(path.name for path in tmp_path.iterdir() if path.name != ".lock")
+    assert left == ["step-000000000", "step-000000004"]
     whole, again = build(), build()
     run(whole, epochs=3)
     run(again, epochs=3, checkpoint=tmp_path)
@@ -936,12 +1042,12 @@ import torch
 torch.set_num_threads(1)
 from test_training import Local, Loop, TRAIN, VALID, build, rows, run
 rank, out = int(os.environ.get("RANK", 0)), {}
-for name, cls, options in [("loop", Loop, {"accumulate": 2}), ("local", Local, {"ema": 0.9})]:
+for name, cls, options in [("loop", Loop, {"accumulate": 2}), ("local", Local, {})]:
     out[name] = rows(run(build(cls, seed=rank), batch_size=15, **options))  # unlike weights: those of the first process count
 def die(history, model):  # one worker, once, after the second epoch
     if rank == 1 and len(history) == 2 and not os.path.exists(sys.argv[2] + "/dead"):
         open(sys.argv[2] + "/dead", "w").close(); os._exit(7)
-out["died"] = rows(run(build(Loop), epochs=4, batch_size=15, checkpoint=sys.argv[2] + "/run", checkpoint_every=2, callbacks=[die]))
+out["died"] = rows(run(build(Loop), epochs=4, batch_size=15, checkpoint=(sys.argv[2] + "/run", 2), callbacks=[die]))
 if rank == 0:
     json.dump(out, open(sys.argv[1], "w"))
 '''
@@ -957,7 +1063,7 @@ def test_two_processes_do_what_one_does_and_survive_a_death(tmp_path):
     assert (tmp_path / "dead").exists()
     two = json.loads((tmp_path / "two.json").read_text())
     one = {
-        "loop": rows(run(build(Loop), batch_size=15)), "local": rows(run(build(Local), batch_size=15, ema=0.9)),
+        "loop": rows(run(build(Loop), batch_size=15)), "local": rows(run(build(Local), batch_size=15)),
         "died": rows(run(build(Loop), epochs=4, batch_size=15)),
     }
     for name in one:
@@ -966,74 +1072,34 @@ def test_two_processes_do_what_one_does_and_survive_a_death(tmp_path):
             assert theirs == pytest.approx(mine, abs=2e-5, nan_ok=True), name
 
 
-def test_after_a_restart_processes_meet_under_a_name_of_their_own():
-    code = """if True:
-        import os
-        from torch import distributed
-        from feedback_nb import training
-        server = distributed.TCPStore("127.0.0.1", 0, is_master=True)  # torchrun's, which outlives the processes
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(server.port), RANK="0", WORLD_SIZE="1", TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="1")
-        with training._accelerator("cpu", None, None, None) as accelerator:
-            print(accelerator.num_processes, distributed.is_initialized(), {key.split("/")[0] for key in server.list_keys()} if hasattr(server, "list_keys") else {"attempt 1"})
-        distributed.destroy_process_group()
-    """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
-    assert done.stdout.strip() == "1 True {'attempt 1'}", done.stdout + done.stderr[-4000:]
-
-
-@pytest.mark.parametrize(("end", "left"), [("", False), ("raise ValueError('mine')", True)])
-def test_the_process_group_is_closed_before_python_ends(end, left):
-    """Else gloo's threads abort a process that has done all its work, and torchrun starts the run again; after an error nobody is waited for."""
-    code = f"""if True:
-        import atexit, os
-        from torch import distributed
-        from feedback_nb import training
-        atexit.register(lambda: print("left open:", distributed.is_initialized()))  # runs after what is registered later
-        server = distributed.TCPStore("127.0.0.1", 0, is_master=True)
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(server.port), RANK="0", WORLD_SIZE="1", TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="1")
-        with training._accelerator("cpu", None, None, None):
-            assert distributed.is_initialized()
-        {end}
-    """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
-    assert done.stdout.strip() == f"left open: {left}" and (done.returncode != 0) == left, done.stdout + done.stderr[-4000:]
-
-
-LAUNCHED = '''
-import json, os, sys
+SPAWNED = '''
+import json, os, socket, sys
 sys.path.insert(0, sys.argv[2])
 import torch
-torch.set_num_threads(1)
 from test_training import Loop, build, rows, run
-def train(file):
-    history = rows(run(build(Loop, seed=int(os.environ.get("RANK", 0))), batch_size=15))
-    if int(os.environ.get("RANK", 0)) == 0:
-        json.dump([history, os.environ.get("WORLD_SIZE")], open(file, "w"))
-if __name__ == "__main__" and sys.argv[3:] == ["notebook"]:
-    import socket
-    from accelerate import notebook_launcher
+def train(rank, port):
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    histories = [rows(run(build(Loop, seed=rank), batch_size=15)) for _ in range(2)]
+    assert not torch.distributed.is_initialized() and histories[0] == histories[1]
+    if rank == 0:
+        json.dump(histories[0], open(sys.argv[1], "w"))
+if __name__ == "__main__":
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0)); port = str(free.getsockname()[1])
-    notebook_launcher(train, (sys.argv[1],), num_processes=2, use_port=port)
-else:
-    train(sys.argv[1])
+    torch.multiprocessing.spawn(train, (port,), nprocs=2)
 '''
 
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
-MANY = [*LAUNCH, "--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
 
-
-@pytest.mark.parametrize("launcher, mode, world", [(MANY, [], "2"), ([sys.executable], ["notebook"], "2"), ([*LAUNCH, "--cpu", "--num_processes=2"], [], None)],
-                         ids=["accelerate launch", "notebook_launcher", "accelerate launch --cpu"])
-def test_every_launcher_gives_the_loss_curve_of_one_process(tmp_path, launcher, mode, world):
-    (tmp_path / "script.py").write_text(LAUNCHED)
-    env = {**{k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC", "ACCELERATE"))}, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    args = [str(tmp_path / "script.py"), str(tmp_path / "out.json"), str(ROOT / "tests"), *mode]
-    done = subprocess.run(launcher + args, capture_output=True, text=True, cwd=ROOT, env=env, timeout=300)
+def test_processes_of_any_launcher_train_twice_and_leave_nothing(tmp_path):
+    (tmp_path / "script.py").write_text(SPAWNED)
+    env = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC")}
+    env |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    args = [str(tmp_path / "script.py"), str(tmp_path / "out.json"), str(ROOT / "tests")]
+    done = subprocess.run([sys.executable, *args], capture_output=True, text=True, cwd=ROOT,
+                          env=env, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
-    history, processes = json.loads((tmp_path / "out.json").read_text())
-    assert processes == world
-    assert ("started one process" in done.stderr) == (world is None), done.stderr[-4000:]
+    history = json.loads((tmp_path / "out.json").read_text())
     for mine, theirs in zip(rows(run(build(Loop), batch_size=15)), history, strict=True):
         assert theirs == pytest.approx(mine, abs=2e-5, nan_ok=True)
 
@@ -1042,7 +1108,7 @@ def test_every_launcher_gives_the_loss_curve_of_one_process(tmp_path, launcher, 
 
 
 def test_importing_is_light():
-    code = "import sys, feedback_nb.training; print([m for m in ('pandas', 'accelerate', 'safetensors', 'matplotlib', 'IPython') if m in sys.modules])"
+    code = "import sys, feedback_nb.training; print([m for m in ('pandas', 'safetensors', 'matplotlib', 'IPython') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 

@@ -1,0 +1,339 @@
+"""What a run that goes on may not be silent about, and what may lie in its folder."""
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from test_training import TRAIN, VALID, Loop, assert_same, build, rows, run, toy, weights
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+
+from feedback_nb.cbl import CBL
+from feedback_nb.training import CheckpointError, History, evaluate, load_checkpoint
+
+ROOT = Path(__file__).parent.parent
+
+
+# ── another run is refused ──────────────────────────────────────────────────────────────────────
+
+
+class Active(nn.Module):
+    """A network whose activation is a function, not a module."""
+
+    def __init__(self, activation=torch.tanh, dropout=0.1):
+        super().__init__()
+        self.a, self.b, self.drop = nn.Linear(6, 8), nn.Linear(8, 3), nn.Dropout(dropout)
+        self.activation = activation
+
+    def forward(self, x):
+        return self.b(self.drop(self.activation(self.a(x))))
+
+
+class Other(Active):
+    def forward(self, x):
+        return self.b(self.drop(torch.sin(self.a(x))))
+
+
+def other_forward():
+    """A class of the same name with other code."""
+    return type("Active", (Active,), {"forward": Other.forward, "__qualname__": "Active"})()
+
+
+def cbl(**options):
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    return CBL(net, ["0", "1"], example=TRAIN.tensors[0][:2], context_dim=3, **options)
+
+
+def weighted(last):
+    return partial(F.cross_entropy, weight=torch.tensor([1.0, 1.0, last]))
+
+
+def scaled(factor):
+    return lambda x: x * factor
+
+
+def frozen(model):
+    model.a.requires_grad_(False)
+    return model
+
+
+X, Y = TRAIN.tensors
+DOUBLE = tuple(TensorDataset(p.tensors[0].double(), p.tensors[1]) for p in (TRAIN, VALID))
+STEP = partial(torch.optim.lr_scheduler.StepLR, step_size=2)
+FIRST = dict(model=Active, data=(TRAIN, VALID), augment=scaled(1.0), loss=weighted(2.0),
+             schedule=lambda optimizer: STEP(optimizer, gamma=0.5))
+OTHERS = {
+    "data of equal length": (dict(data=(TensorDataset(X + 0.1, Y), VALID)), "training data"),
+    "labels": (dict(data=(TensorDataset(X, Y.flip(0)), VALID)), "training data"),
+    "order of the examples": (dict(data=(Subset(TRAIN, list(range(61))[::-1]), VALID)), "data"),
+    "validation data": (dict(data=(TRAIN, toy(30, 3))), "validation data"),
+    "no validation data": (dict(data=TRAIN), "validation data"),
+    "activation": (dict(model=lambda: Active(torch.relu)), "model.activation"),
+    "forward": (dict(model=other_forward), "model: "),
+    "dropout": (dict(model=lambda: Active(dropout=0.2)), "model.drop.p: 0.1 then, 0.2 now"),
+    "dtype": (dict(model=lambda: Active().double(), data=DOUBLE), "types of numbers"),
+    "frozen": (dict(model=lambda: frozen(Active())), "not trained"),
+    "another lambda": (dict(augment=lambda x: x + 1.0), "augment"),
+    "a closure's number": (dict(augment=scaled(2.0)), "augment"),
+    "a loss of the same name": (dict(loss=lambda o, y: 2 * F.cross_entropy(o, y)), "loss"),
+    "class weights": (dict(loss=weighted(3.0)), "loss"),
+    "schedule": (dict(schedule=lambda optimizer: STEP(optimizer, gamma=0.3)), "schedule"),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_another_run_is_refused_by_name(tmp_path, what):
+    changed, named = OTHERS[what]
+
+    def go(model, data, **options):
+        return run(build(model), data, checkpoint=tmp_path, epochs=1, **options)
+
+    go(**FIRST)
+    go(**FIRST)  # the same one is not
+    with pytest.raises(CheckpointError, match=named):
+        go(**FIRST | changed)
+
+
+@pytest.mark.parametrize(("options", "named"), [
+    (dict(steps=3), "model.steps: 2 then, 3 now"), (dict(steps=2, flow="literal"), "model.flow")],
+    ids=str)
+def test_a_model_with_other_feedback_is_refused(tmp_path, options, named):
+    run(build(cbl, steps=2), epochs=1, checkpoint=tmp_path)
+    with pytest.raises(CheckpointError, match=named):
+        run(build(cbl, **options), epochs=1, checkpoint=tmp_path)
+
+
+def test_tensor_weights_of_the_steps_are_told_apart(tmp_path):
+    first, second = torch.tensor([1.0, 0, 2]), torch.tensor([1.0, 2, 0])
+    run(build(Loop), epochs=1, checkpoint=tmp_path, weights=first)
+    with pytest.raises(CheckpointError, match="weights"):
+        run(build(Loop), epochs=1, checkpoint=tmp_path, weights=second)
+
+
+def test_what_a_model_counts_and_what_a_callback_switches_is_no_other_run(tmp_path):
+    def switch(history, model):
+        model.steps = 3
+
+    model, whole = build(Loop), build(Loop)
+    run(model, epochs=2, checkpoint=tmp_path, callbacks=[switch])
+    evaluate(model, VALID)  # counts its passes
+    assert model.steps == 3
+    run(model, epochs=3, checkpoint=tmp_path, callbacks=[switch])  # the same object goes on
+    run(whole, epochs=3, callbacks=[switch])
+    assert_same(model, whole)
+
+
+def test_a_description_is_the_same_in_every_process():
+    code = """if True:
+        import torch, torch.nn.functional as F
+        from functools import partial
+        from feedback_nb.checkpoints import describe, describe_model
+        SCALE = 3
+        def loss(output, target, kinds={"a", "b"}):
+            return F.cross_entropy(output, target) * SCALE if "a" in {"a", "b", "c"} else kinds
+        print(describe(loss), describe(partial(loss, kinds={"x", "y", "z"})),
+              describe_model(torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.ReLU())))
+    """
+    said = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,
+                           env=os.environ | {"PYTHONHASHSEED": str(k)}, check=True).stdout
+            for k in range(3)}
+    assert len(said) == 1 and "loss" in said.pop()
+
+
+def test_the_earlier_format_is_refused_by_name_and_its_weights_can_be_read(tmp_path):
+    model = build()
+    run(model, epochs=1, checkpoint=tmp_path)
+    for path in tmp_path.glob("step-*"):
+        about = json.loads((path / "run.json").read_text())
+        about.pop("format"), about.pop("changed")
+        (path / "run.json").write_text(json.dumps(about))
+        manifest = json.loads((path / "manifest.json").read_text())
+        text = (path / "run.json").read_bytes()
+        digest = hashlib.sha256(text).hexdigest()
+        manifest["run.json"] = {"bytes": len(text), "sha256": digest}
+        (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="format 1.*load_checkpoint"):
+        run(build(), epochs=2, checkpoint=tmp_path)
+    other = build(seed=3)
+    load_checkpoint(other, tmp_path)
+    assert_same(model, other)
+
+
+# ── random numbers that no checkpoint holds ─────────────────────────────────────────────────────
+
+
+class Drawing(Dataset):
+    """Reads with a generator of its own."""
+
+    def __init__(self):
+        self.generator = np.random.default_rng(0)
+
+    def __len__(self):
+        return 24
+
+    def __getitem__(self, i):
+        return torch.full((6,), float(self.generator.random())), i % 3
+
+
+class Noise:
+    def __init__(self):
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, x):
+        return x + torch.randn(x.shape, generator=self.generator)
+
+
+def persistent():
+    return DataLoader(TRAIN, batch_size=9, num_workers=1, persistent_workers=True)
+
+
+@pytest.mark.parametrize("options", [
+    dict(augment=Noise()), dict(augment=partial(lambda x, g: x, g=np.random.default_rng(0))),
+    dict(data=Drawing()), dict(data=persistent())], ids=["object", "partial", "data", "persistent"])
+def test_a_generator_that_no_checkpoint_holds_is_refused(tmp_path, options):
+    with pytest.raises(ValueError, match="generator of its own"):
+        run(build(), checkpoint=tmp_path, **options)
+
+
+def test_the_global_generators_are_nobodys_own(tmp_path):
+    draw = partial(lambda x, g: x + torch.randn(x.shape, generator=g), g=torch.default_generator)
+    whole, again = build(), build()
+    run(whole, augment=draw, epochs=2)
+    run(again, augment=draw, epochs=1, checkpoint=tmp_path)
+    run(again, augment=draw, epochs=2, checkpoint=tmp_path)
+    assert_same(whole, again)
+
+
+# ── what lies in the folder ─────────────────────────────────────────────────────────────────────
+
+
+def test_an_interruption_before_the_first_checkpoint_starts_at_the_start(tmp_path):
+    class Stop:
+        def after_step(self, model):
+            raise KeyboardInterrupt
+
+    whole, model = build(), build()
+    history = run(whole)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, checkpoint=tmp_path, callbacks=[Stop()])
+    again = run(model, checkpoint=tmp_path)  # the same cell, with the half-trained model
+    assert rows(again) == rows(history)
+    assert_same(whole, model)
+
+
+def test_a_users_own_copy_is_kept(tmp_path):
+    run(build(), epochs=1, checkpoint=tmp_path)
+    copies = [tmp_path / "step-000000002-keep", tmp_path / "step-000000004-keep"]
+    for copy in copies:
+        copy.mkdir()
+        (copy / "mine").touch()
+    run(build(), epochs=6, checkpoint=tmp_path)
+    assert all((copy / "mine").exists() for copy in copies)
+
+
+def test_a_validation_loss_that_is_nan_is_not_the_best(tmp_path):
+    class Late(nn.Linear):
+        epoch = 0
+
+        def forward(self, x):
+            return super().forward(x) * (float("nan") if self.epoch < 1 > self.training else 1)
+
+    def count(history, model):
+        model.epoch = len(history)
+
+    data = TensorDataset(X, X[:, :1])
+    history = run(build(Late, in_features=6, out_features=1), (data, data), epochs=3,
+                  loss=F.mse_loss, callbacks=[count], checkpoint=tmp_path)
+    losses = [row["valid_loss"] for row in history.rows]
+    model = build(Late, in_features=6, out_features=1)
+    about = load_checkpoint(model, tmp_path, which="best")
+    assert np.isnan(losses[0]) and about["history"][-1]["epoch"] == int(np.nanargmin(losses))
+
+
+def test_a_model_without_a_safe_form_is_refused_before_training(tmp_path):
+    class Shared(nn.Linear):
+        def __init__(self):
+            super().__init__(6, 3)
+            whole = torch.rand(4)
+            self.register_buffer("first", whole[:3])
+            self.register_buffer("last", whole[1:])
+
+    model = Shared()
+    before = weights(model)
+    with pytest.raises(CheckpointError, match="Shared.*safetensors"):
+        run(model, checkpoint=tmp_path)
+    assert_same(before, model)
+
+
+def test_home_is_not_a_folder_called_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    model, other = build(), build(seed=3)
+    history = run(model, epochs=1, checkpoint="~/run")
+    assert (tmp_path / "run").is_dir() and not (tmp_path / "~").exists()
+    load_checkpoint(other, "~/run")
+    assert_same(model, other)
+    assert rows(History.read("~/run")) == rows(history)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_an_orphaned_reader_does_not_hold_the_folder(tmp_path):
+    code = f"""if True:
+        import os, signal, sys
+        sys.path.insert(0, {str(ROOT / "tests")!r})
+        import torch
+        from torch.utils.data import Dataset
+        from test_training import build, run
+        class Slow(Dataset):
+            workers = 1
+            def __len__(self): return 24
+            def __getitem__(self, i):
+                if torch.utils.data.get_worker_info():
+                    import time
+                    print(os.getpid(), flush=True); time.sleep(60)
+                return torch.zeros(6), i % 3
+        run(build(), Slow(), checkpoint={str(tmp_path)!r})
+    """
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    orphan = int(process.stdout.readline())
+    process.kill()
+    process.wait()
+    os.kill(orphan, 0)  # it is still there
+    try:
+        run(build(), TRAIN, checkpoint=tmp_path / "other")
+        from feedback_nb.files import locked
+
+        with locked(tmp_path / ".lock", wait=False):
+            pass
+    finally:
+        os.kill(orphan, 9)
+
+
+def test_two_threads_do_not_train_at_once():
+    errors, inside = [], threading.Event()
+
+    def hold(history, model):
+        inside.set()
+        done.wait(20)
+
+    done = threading.Event()
+    first = threading.Thread(target=lambda: run(build(), epochs=1, callbacks=[hold]))
+    first.start()
+    assert inside.wait(20)
+    try:
+        run(build(), epochs=1)
+    except RuntimeError as error:
+        errors.append(error)
+    done.set()
+    first.join()
+    assert len(errors) == 1 and "thread" in str(errors[0])
+    nested = lambda history, model: run(build(), epochs=1) and None
+    assert len(run(build(), epochs=1, callbacks=[nested])) == 1  # one inside the other is fine
