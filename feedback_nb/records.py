@@ -10,16 +10,19 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import re
 import subprocess
 import time
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from .files import locked, written_whole
 
@@ -57,19 +60,53 @@ def describe_model(model: nn.Module) -> dict:
     return {"class": type(model).__name__, "parameters": count, "digest": digest}
 
 # %% ../nbs/97_records.ipynb #3a481231
+def _tensor_bytes(t: torch.Tensor) -> bytes:
+    return t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+class _Pickled(pickle.Pickler):
+    """Pickles tensors by their content: torch's own way writes down addresses."""
+
+    def reducer_override(self, value):
+        if torch.is_tensor(value):
+            return tuple, ((str(value.dtype), *value.shape, _tensor_bytes(value)),)
+        return NotImplemented
+
+
+def _content(*values: Any) -> str | None:
+    """A digest of values as they would be pickled; None where one cannot be pickled."""
+    digest = hashlib.sha256()
+    pickler = _Pickled(SimpleNamespace(write=digest.update), protocol=4)
+    pickler.fast = True  # equal parts are written alike, whether they are one object or two
+    try:
+        pickler.dump(values)
+    except (pickle.PicklingError, AttributeError, TypeError, RecursionError):
+        return None
+    return digest.hexdigest()[:12]
+
+
 def describe_data(data: Any) -> dict:
-    """Name, size and, for tensors in memory, a digest of the content."""
-    source = getattr(data, "dataset", data)  # of a DataLoader
+    """Name, size and a digest of what is iterated; the digest is None where there is no telling."""
+    loader = data if isinstance(data, DataLoader) else None
+    source = loader.dataset if loader else data
     found = {"name": str(getattr(source, "name", type(source).__name__)),
              "n": len(source) if hasattr(source, "__len__") else None}
     parts = [getattr(source, part, None) for part in "xy"]
     tensors = getattr(source, "tensors", None) or [t for t in parts if torch.is_tensor(t)]
-    if tensors:
+    if tensors and not getattr(source, "transform", None):
         digest = hashlib.sha256()
         for t in tensors:
-            digest.update(f"{tuple(t.shape)}{t.dtype}".encode())
-            digest.update(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            digest.update(f"{tuple(t.shape)}{t.dtype}".encode() + _tensor_bytes(t))
         found["digest"] = digest.hexdigest()[:12]
+    else:
+        found["digest"] = _content(source)
+    if loader:
+        order = {k: v for k, v in vars(loader.sampler).items() if "generator" not in k}
+        order.pop("data_source", None)
+        how = {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
+        kinds = type(loader.sampler), type(loader.batch_sampler), loader.collate_fn
+        whole = found["digest"] and _content(found["digest"], *how.values(), order, *kinds)
+        found |= {**how, "digest": whole}
     return found
 
 # %% ../nbs/97_records.ipynb #9754ca96

@@ -23,7 +23,7 @@ from statistics import fmean
 
 import jsonschema
 import yaml
-from project import directives, settings
+from project import directives, notebooks, settings
 
 SCHEMA = json.loads(Path(__file__).with_name("claims_schema.json").read_text(encoding="utf-8"))
 VERDICTS = SCHEMA["$defs"]["verdict"]["enum"]
@@ -174,6 +174,21 @@ def load(root: Path) -> dict:
     return yaml.safe_load((root / "nbs" / "claims.yaml").read_text(encoding="utf-8"))
 
 
+def still_said(root: Path, claim: dict) -> list[str]:
+    """Notebooks in which a withdrawn sentence stands, whatever its emphasis."""
+    pieces = [piece.strip() for piece in claim["words"].replace("*", "").split("…")]
+    return [path.name for path in notebooks(root) if path.name != "claims.ipynb"
+            and all(piece in said(path) for piece in pieces)]
+
+
+@cache
+def said(path: Path) -> str:
+    """The prose of a notebook, without emphasis, on one line."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    text = " ".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+    return " ".join(text.replace("*", "").split())
+
+
 def faults_of(root: Path, claim: dict) -> list[str]:
     """What is wrong with one claim, its numbers, its cell and its seal."""
     faults = []
@@ -189,6 +204,8 @@ def faults_of(root: Path, claim: dict) -> list[str]:
     if effects and claim.get("seal") != seal_of(effects):
         faults.append("the numbers are not those the verdict was made on: look again, then "
                       "run scripts/claims.py --seal")
+    if "why" in claim and (back := still_said(root, claim)):
+        faults.append(f"what is withdrawn still stands in {', '.join(back)}")
     if "verdict" in claim and (why := disagreement(claim, effects)):
         faults.append(f"the verdict {claim['verdict']!r} {why}")
     return faults
@@ -288,7 +305,7 @@ def row(root: Path, claim: dict, papers: dict) -> str:
              ("Here", (here + "<br>" if here and note else here)
               + (f"<small>{prose(note)}</small>" if note else "") or "–"),
              ("The paper's number", theirs),
-             ("Smallest effect that could be seen", sees),
+             ("Smallest visible effect", sees),
              ("Where", where(root, claim))]
     none = lambda text: " data-none" * (text == "–")
     tds = "".join(f'<td data-head="{head}"{none(text)}>{text}</td>' for head, text in cells)
@@ -314,7 +331,7 @@ def notebook(root: Path, data: dict) -> str:
     from fastcore.xtras import loads
 
     papers, claims = data["papers"], data["claims"]
-    counts = [f"{sum(c['verdict'] == v for c in claims)} {v}" for v in VERDICTS]
+    counts = [f"{v} {sum(c['verdict'] == v for c in claims)}" for v in VERDICTS]
     template = Path(__file__).with_name("claims_page.html").read_text(encoding="utf-8")
     style, table, gone = template.split("<!-- part -->\n")
     option = lambda value, text: f'<option value="{value}">{text}</option>'
@@ -327,13 +344,15 @@ def notebook(root: Path, data: dict) -> str:
     sources = "\n".join(f"- **{p['short']}**: {p['full']} [{p['at'].split('//')[1]}]({p['at']})"
                         for p in papers.values())
     head = data["page"]["intro"].strip() + (
-        f"\n\nThe list has {len(claims)} claims and faults: {', '.join(counts)}. "
-        f"{len(data['withdrawn'])} claims of our own are withdrawn.\n\n{sources}")
+        f"\n\n{len(claims)} claims and faults: {', '.join(counts)}. "
+        f"{len(data['withdrawn'])} claims of our own are [withdrawn](#withdrawn).")
     cells = [_markdown("title", "# Claims checked\n\n> What five papers claim, what would refute "
                                 "it, what we found; and what we take back."),
              _markdown("intro", head), _html("claims", style + table),
              _markdown("withdrawn", "## Withdrawn\n\n" + data["page"]["withdrawn"].strip()),
-             _html("gone", gone), _markdown("reading", data["page"]["reading"].strip())]
+             _html("gone", gone),
+             _markdown("reading",
+                       f"{data['page']['reading'].strip()}\n\n## The papers\n\n{sources}")]
     kernel = {"display_name": "python3", "language": "python", "name": "python3"}
     made = {"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}
     return nb2str(loads(json.dumps(made)))

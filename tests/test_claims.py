@@ -58,6 +58,7 @@ def run(root, *args):
 
     claims.record_of.cache_clear()
     claims.anchors.cache_clear()
+    claims.said.cache_clear()
     said = io.StringIO()
     with mock.patch.object(sys, "argv", ["claims.py", "--root", str(root), *args]):
         with contextlib.redirect_stdout(said):
@@ -144,6 +145,15 @@ def test_a_record_with_other_numbers_breaks_the_seal(project):
     file.write_text(text.replace(row, other), encoding="utf-8")
     code, said = run(project, "--check")
     assert code == 1 and "not those the verdict was made on" in said
+
+
+def test_a_withdrawn_sentence_may_not_come_back(project):
+    path = project / "nbs" / "10_first.ipynb"
+    notebook = nbformat.read(path, 4)
+    notebook.cells[0].source += "\n\nAnd it *surely*\nhelps."
+    nbformat.write(notebook, path)
+    code, said = run(project, "--check")
+    assert code == 1 and "still stands in 10_first.ipynb" in said
 
 
 def test_what_a_seal_ignores(project):
