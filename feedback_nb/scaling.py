@@ -110,7 +110,7 @@ def _static_bytes(recipe, model):
     # bf16 copies of the weights live as long as the graph
     return 8 * n + extra + 2 * n * half + kept[0] - 2 * slope, slope
 
-# %% ../nbs/71_scaling.ipynb #5c005ff1
+# %% ../nbs/71_scaling.ipynb #2e96e17c
 def estimate(
     recipe: Recipe,
     devices: int = 1,
@@ -150,7 +150,8 @@ def estimate(
         ("memory", f"{memory / 1e9:.2f} GB of {room / 1e9:g}", f"4P × {state:g} (weights, "
          "gradients, optimiser, average, bf16) + photos × per photo"),
         ("steps", f"{steps:,}", f"{recipe.epochs} epochs × ⌈{photos:,} / {recipe.batch}⌉"),
-        ("computing", f"{computing:.2f} h", f"work / ({devices} × {peak:.3g}/s × {utilisation:g})"),
+        ("computing", f"{computing:.2f} h",
+         f"work / ({devices} × {peak:.3g}/s × {utilisation:g})"),
         ("reading", f"{reading:.2f} h", f"photos × epochs / ({devices} × {readers:g} photos/s)"),
         ("hours", f"{hours:.2f}", "the longer of the two")]
     return Estimate(n, macs, int(fixed), per_photo, micro, memory, work, steps, hours,
