@@ -190,6 +190,8 @@ def _cached(path: Path, meta: dict[str, str], make: Callable) -> tuple[dict, dic
         return tensors, meta
 
 # %% ../nbs/02_data.ipynb #511a1e9e
+#| code-fold: true
+#| code-summary: "Source, a line of the table"
 @dataclass(frozen=True)
 class Source:
     """Where a set comes from, how its files are found and how they are read."""
@@ -336,6 +338,8 @@ def load(
     return TensorData(tensors["x"], tensors["y"].long(), json.loads(meta["classes"]), key, split)
 
 # %% ../nbs/02_data.ipynb #23f4ecc4
+#| code-fold: true
+#| code-summary: "The samples, and scikit-learn's digits"
 SAMPLES_URL = "https://raw.githubusercontent.com/feedback-nb/feedback_nb/main/nbs/samples/"
 SAMPLES = {  # sha256, as scripts/make_samples.py printed them
     "fashion-mnist-sample.safetensors":

@@ -153,7 +153,7 @@ def _page(frames: list[str], order: list[int], names: list[str], labels: list[li
             f'aria-label="{name}" style="width:14em;max-width:100%"> '
             f'<span style="min-width:4em">{value}</span></label>')
     plain, alt = json.dumps(data, separators=(",", ":")), html.escape(alt)
-    script = _SCRIPT.replace("DATA", plain.replace("</", "<\\/"), 1)
+    script = _SCRIPT.replace("DATA", plain.replace("<", "\\u003c"), 1)
     return HTML(
         f'<div class="moving-figure" data-feedback="{data["key"]}" role="group" aria-label="{alt}">'
         f'<img alt="{alt}" style="width:{width:.0f}px;max-width:100%;height:auto;background:white" '
@@ -290,6 +290,18 @@ def _words(column: str) -> str:
     unit = " (%)" if "accuracy" in column else " (nats)" if column.endswith("loss") else ""
     return words.replace("_", " ") + unit
 
+
+def _text(value: object) -> str:
+    """A name as matplotlib may draw it: dollars that are no formula it can read are dollars."""
+    from matplotlib.mathtext import MathTextParser
+
+    text = str(value)
+    try:
+        MathTextParser("path").parse(text)
+    except ValueError:
+        return text.replace("$", r"\$")
+    return text
+
 # %% ../nbs/05_plots.ipynb #53ef378c
 def curves(
     # name -> a table (or what has one as `.frame`) or several, one per seed; or a `per_step` table
@@ -312,7 +324,7 @@ def curves(
         color, line, marker = COLORS[i], LINES[i], MARKERS[i]
         mean, half = _interval((100 if "accuracy" in y else 1) * values)
         ax.plot(at, mean, color=color, linestyle=line, marker=marker,
-                markevery=max(1, len(at) // 10), label=f"{name} ({n} seed{'s' * (n > 1)})")
+                markevery=max(1, len(at) // 10), label=_text(f"{name} ({n} seed{'s' * (n > 1)})"))
         if half is not None:
             ax.fill_between(at, mean - half, mean + half, color=color, alpha=0.2, linewidth=0)
     if x in ("epoch", "step", "severity"):
@@ -382,7 +394,7 @@ def pca_trajectory(
         way = points[: last + 1, [other == label for other in labels]]
         ax.plot(way[..., 0], way[..., 1], color=color, linestyle="-", linewidth=0.8, alpha=0.6)
         ax.scatter(*way[0].T, s=16, facecolors="white", edgecolors=color, marker=marker, zorder=3)
-        name = None if plain else str(label)
+        name = None if plain else _text(label)
         ax.scatter(*way[-1].T, s=26, color=color, marker=marker, label=name, zorder=4)
     for axis, k in (("x", 0), ("y", 1)):
         low, high = points[..., k].min(), points[..., k].max()
@@ -446,9 +458,11 @@ def image_grid(
                   interpolation="nearest")
         if titles:
             middle = (x + right) / 2
-            ax.text(middle, y - gap / 2, titles[i], ha="center", va="bottom", fontsize=8)
+            where = middle, y - gap / 2
+            ax.text(*where, _text(titles[i]), ha="center", va="bottom", fontsize=8)
     for r, text in enumerate(rows or ()):
-        ax.text(-gap, r * (tall + room) + tall / 2, text, ha="right", va="center", fontsize=9)
+        where = -gap, r * (tall + room) + tall / 2
+        ax.text(*where, _text(text), ha="right", va="center", fontsize=9)
     ax.set(xlim=(-gap, columns * (wide + gap)), ylim=(height * (tall + room) - room + gap, -room))
     ax.set_axis_off()
     return ax

@@ -288,3 +288,29 @@ def test_the_paper_beside_what_was_measured():
     assert table.loc["CNN (%)"].tolist() == ["80.60", f"{np.mean(here):.2f} ± {(interval.high - interval.low) / 2:.2f}", 4, "Table 2"]
     assert table.loc["CBL"].tolist() == ["not given", "1.25", 1, ""]
     assert table.loc["ViT"].tolist() == ["82", "not measured", "–", "Table 3"]
+
+
+@pytest.mark.parametrize("text", ["<!--<script>", "<!--", "<script>", "</script>", "</SCRIPT >"])
+def test_no_text_swallows_the_page(text):
+    """In a script, `<!--<script>` would make the parser wait for a second </script>."""
+    sliders_of = lambda text: sliders(
+        lambda name, ax: ax.plot([0, len(name)]), name=[text, "x"], alt=text
+    )
+    page = sliders_of(text).data
+    script, _, after = page.partition("<script>")[2].partition("</script>")
+    assert not re.search("<!--|<script|</script", script, re.IGNORECASE)
+    assert after.strip() == "" and held(sliders_of(text))["labels"] == [[text, "x"]]
+
+
+@pytest.mark.parametrize("name", [r"$\x$", "$5 and $6 {", r"cost in $", r"$\sigma$"])
+def test_dollars_in_names_are_drawn(name):
+    table = pd.DataFrame({"sigma": [0.0, 0.1], "accuracy": [0.9, 0.8]})
+    ax = curves({name: [table]}, x="sigma")
+    ax.figure.canvas.draw()
+    grid = image_grid([torch.zeros(4, 4)], titles=[name], rows=[name])
+    grid.figure.canvas.draw()
+    ways = pca_trajectory(torch.randn(3, 4, 5), labels=[name] * 4)
+    ways.figure.canvas.draw()
+    label = ax.get_legend().get_texts()[0].get_text()
+    assert label.replace(r"\$", "$").startswith(name)
+    plt.close("all")
