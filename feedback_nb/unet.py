@@ -22,8 +22,8 @@ from torch.utils.checkpoint import checkpoint
 
 from .checks import need_known, need_number
 from .feedback import FeedbackModel, State, Trajectory
-from .segmentation import (check_masks, class_weights, measure_segmentation,
-                                      segmentation_loss, segmentation_scores)
+from .segmentation import check_masks, class_weights, measure_segmentation
+from .segmentation import segmentation_loss, segmentation_scores
 
 # %% ../nbs/20_unet.ipynb #3fa5c67c
 _all_ = ["check_masks", "class_weights", "segmentation_loss", "segmentation_scores",
@@ -260,10 +260,11 @@ class FeedbackLoop(FeedbackModel):
     ) -> Trajectory:  # outputs of t = 0…T, the first that of the blank state
         """Run T steps from the blank state; `states` are {"u": …, "v": …}."""
         T, n = self.steps if steps is None else steps, self.backprop
+        need_number(0, whole=True, steps=T)
         restart = (restart,) if isinstance(restart, int) else tuple(restart)
         need_number(0, restart=min(restart, default=0))
-        first = max(0, T - n) if isinstance(n, int) and isinstance(T, int) else 0
-        return super().trajectory(x, steps=steps, restart=restart, first=first, **options)
+        first = max(0, T - n) if isinstance(n, int) else 0
+        return super().trajectory(x, steps=T, restart=restart, first=first, **options)
 
 # %% ../nbs/20_unet.ipynb #ec52e8a3
 class FeedbackUNet(FeedbackLoop):
