@@ -58,7 +58,7 @@ def _draw(y: Tensor, n: int, seed: int, stratified: bool = True) -> Tensor:
     rank = torch.arange(len(y)) - (counts.cumsum(0) - counts)[labels[by_class]]
     return order[by_class[rank < quota[labels[by_class]]]].sort().values
 
-# %% ../nbs/02_data.ipynb #d8b7e09d
+
 class _Parts:
     """How a data set is divided: needs `.y`, `len` and `._take(indices)`."""
     def subset(self,
@@ -190,6 +190,8 @@ def _cached(path: Path, meta: dict[str, str], make: Callable) -> tuple[dict, dic
         return tensors, meta
 
 # %% ../nbs/02_data.ipynb #511a1e9e
+#| code-fold: true
+#| code-summary: "Source, a line of the table"
 @dataclass(frozen=True)
 class Source:
     """Where a set comes from, how its files are found and how they are read."""
@@ -255,17 +257,18 @@ def _px(size: int | None) -> str:
 
 def _locate(key: str, split: str, size: int | None, root: Path | None) -> tuple:
     """The place that has the split, the files of each split there, all places looked at."""
-    source, places, there = SOURCES[key], [root] if root else [], {}
+    source, places = SOURCES[key], [root] if root else []
     if source.embedded:
         if here := globals().get("__file__"):  # a notebook has none
             places.append(Path(here).resolve().parents[1] / "nbs")
         places += [Path.cwd(), Path.cwd() / "nbs"]
     places.append(cache_folder() / "downloads")
     for place in places:
-        files = {part: [[place / p.format(split=part, px=_px(size)) for p in layout]
-                        for layout in source.layouts] for part in source.splits.values()}
-        there = {part: found[0] for part, layouts in files.items()
-                 if (found := [paths for paths in layouts if all(p.exists() for p in paths)])}
+        there = {}
+        for part in source.splits.values():
+            for layout in reversed(source.layouts):  # the first counts most
+                paths = [place / p.format(split=part, px=_px(size)) for p in layout]
+                if all(p.exists() for p in paths): there[part] = paths
         if source.splits[split] in there: return place, there, places
     return None, {}, places
 
@@ -277,22 +280,15 @@ def _get(key: str, split: str, size: int | None, root: Path | None, download: bo
     part, where = source.splits[split], ", ".join(dict.fromkeys(repr(str(p)) for p in places))
     files = " or ".join(layout[0].format(split=part, px=_px(size)) for layout in source.layouts)
     lost = f"{key} ({split}) was not found: no {files} in {where}"
-    if key == "cifar10" and _locate("cifar10-jpeg", split, None, root)[0]:
-        lost += "; load('cifar10-jpeg') has re-encoded pixels, which are not the same data"
-    if not (source.fetch and download):
-        remedy = f"It cannot be downloaded: {source.advice}"
-        if source.fetch:
-            get = f"load({key!r}, download=True) gets it ({source.megabytes:g} MB)"
-            remedy = f"{get}, or {_NAME} that has it"
-        raise FileNotFoundError(f"{lost}. {remedy}")
+    get = f"load({key!r}, download=True) gets it ({source.megabytes:g} MB), or {_NAME} that has it"
+    remedy = "" if source.fetch else "It cannot be downloaded: "
+    remedy += " ".join(filter(None, [get if source.fetch else "", source.advice]))
+    if not (source.fetch and download): raise FileNotFoundError(f"{lost}. {remedy}")
     for urls, name, digest in source.fetch(part, size):
-        file = places[-1] / name
-        with _alone(file):
-            if file.exists(): continue
-            try: fetch(urls, file, digest)
+        with _alone(file := places[-1] / name):
+            try: file.exists() or fetch(urls, file, digest)
             except ConnectionError as e:
-                remedy = f"Put it there by hand, or {_NAME} that has it"
-                raise ConnectionError(f"{lost}, and {e}. {remedy}") from None
+                raise ConnectionError(f"{lost}, and {e}. Put it there by hand. {remedy}") from None
     return _locate(key, split, size, root)[:2]
 
 
@@ -342,6 +338,8 @@ def load(
     return TensorData(tensors["x"], tensors["y"].long(), json.loads(meta["classes"]), key, split)
 
 # %% ../nbs/02_data.ipynb #23f4ecc4
+#| code-fold: true
+#| code-summary: "The samples, and scikit-learn's digits"
 SAMPLES_URL = "https://raw.githubusercontent.com/feedback-nb/feedback_nb/main/nbs/samples/"
 SAMPLES = {  # sha256, as scripts/make_samples.py printed them
     "fashion-mnist-sample.safetensors":
@@ -383,58 +381,51 @@ SOURCES |= {
 
 # %% ../nbs/02_data.ipynb #a27aea76
 #| code-fold: true
-#| code-summary: "MNIST and its heirs, CIFAR"
-def _idx(family: str, folder: str, *facts) -> Source:
-    files = tuple(f"{folder}/raw/{{split}}-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1"))
-    def fetch(split, size):
+#| code-summary: "The sets of torchvision"
+def _idx(family: str, about: str, licence: str, origin: str, megabytes: float) -> Source:
+    files = [f"{family}/raw/{{split}}-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1")]
+    def published(split, size):
         import torchvision
         cls = getattr(torchvision.datasets, family)
-        return [([m + f for m in cls.mirrors], f"{folder}/raw/{f}", f"md5:{md5}")
+        return [([m + f for m in cls.mirrors], f"{family}/raw/{f}", f"md5:{md5}")
                 for f, md5 in cls.resources if f.startswith(split)]
-    layouts = (tuple(f + ".gz" for f in files), files)
-    return Source(*facts[:3], partial(read_idx, family=family), layouts,
-                  {"train": "train", "test": "t10k"}, fetch, facts[3])
+    return Source(about, licence, origin, partial(read_idx, family=family),
+                  ([f + ".gz" for f in files], files), {"train": "train", "test": "t10k"},
+                  published, megabytes)
 
 
-def _cifar(family: str, archive: str, folder: str, *facts) -> Source:
-    def fetch(split, size):
+def _cifar(family: str, archive: str, folder: str, classes: int, megabytes: float) -> Source:
+    def published(split, size):
         import torchvision
         cls = getattr(torchvision.datasets, family)
         return [([cls.url], archive, f"md5:{cls.tgz_md5}")]
-    return Source(*facts[:3], partial(read_cifar, family=family), ((archive,), (folder,)),
-                  fetch=fetch, megabytes=facts[3])
+    return Source(f"50,000 + 10,000 photos, 32x32, {classes} classes",
+                  "none given, cite the report", "Krizhevsky 2009",
+                  partial(read_cifar, family=family), ((archive,), (folder,)),
+                  fetch=published, megabytes=megabytes,
+                  advice="(cifar10-jpeg has re-encoded pixels, which are not the same data)")
 
 
 SOURCES |= {
-    "mnist": _idx("MNIST", "MNIST", "60,000 + 10,000 digits, 28x28 grey",
+    "mnist": _idx("MNIST", "60,000 + 10,000 digits, 28x28 grey",
                   "CC BY-SA 3.0, as commonly given", "LeCun et al. 1998", 11.6),
-    "fashion-mnist": _idx("FashionMNIST", "FashionMNIST",
-                          "60,000 + 10,000 articles of clothing, 28x28 grey", "MIT",
+    "fashion-mnist": _idx("FashionMNIST", "60,000 + 10,000 articles of clothing, 28x28 grey", "MIT",
                           "Xiao et al. 2017", 30.9),
-    "kuzushiji-mnist": _idx("KMNIST", "KMNIST", "60,000 + 10,000 cursive characters, 28x28 grey",
+    "kuzushiji-mnist": _idx("KMNIST", "60,000 + 10,000 cursive characters, 28x28 grey",
                             "CC BY-SA 4.0", "Clanuwat et al. 2018", 21.3),
-    "cifar10": _cifar("CIFAR10", "cifar-10-python.tar.gz", "cifar-10-batches-py",
-        "50,000 + 10,000 photos, 32x32, 10 classes", "none given, cite the report",
-        "Krizhevsky 2009", 170.5),
-    "cifar100": _cifar("CIFAR100", "cifar-100-python.tar.gz", "cifar-100-python",
-        "50,000 + 10,000 photos, 32x32, 100 classes", "none given, cite the report",
-        "Krizhevsky 2009", 169.0),
-    "cifar10-jpeg": Source(
-        "CIFAR-10 after JPEG, quality 75: other pixels, other scores",
-        "none given, cite the report", "Krizhevsky 2009, re-encoded",
-        read_photos, (("cifar10-jpeg/{split}.tar.gz",), ("cifar10-jpeg/{split}",)),
-        advice=f"{_NAME} with cifar10-jpeg/train.tar.gz and test.tar.gz, or use cifar10"),
+    "cifar10": _cifar("CIFAR10", "cifar-10-python.tar.gz", "cifar-10-batches-py", 10, 170.5),
+    "cifar100": _cifar("CIFAR100", "cifar-100-python.tar.gz", "cifar-100-python", 100, 169.0),
 }
 
 # %% ../nbs/02_data.ipynb #394bb123
 #| code-fold: true
-#| code-summary: "Photos of ImageNet, and nuclei"
+#| code-summary: "Photos in folders, and nuclei"
 _TERMS = "ImageNet's terms: research and education, no redistribution"
 _IMAGENETTE = {"-160": "e793b78cc4c9e9a4ccc0c1155377a412",
                "-320": "3df6f0d01a2c9592104656642f5e78a3", "": "fe2fc210e6bb7c5664d602c3cd71e612"}
 
 
-def _fetch_imagenette(split, size):
+def _imagenette(split, size):
     file = f"imagenette2{_px(size)}.tgz"
     return [([f"https://s3.amazonaws.com/fast-ai-imageclas/{file}"], file,
              f"md5:{_IMAGENETTE[_px(size)]}")]
@@ -443,23 +434,28 @@ def _fetch_imagenette(split, size):
 # the labelled images that are not for training
 _HELD_OUT = {"train": "train", "valid": "val", "test": "val"}
 SOURCES |= {
-    "imagenette": Source("9,469 + 3,925 photos of 10 easy ImageNet classes", _TERMS, "Howard 2019",
-        read_photos, (("imagenette2{px}.tgz",), ("imagenette2{px}/{split}",)), _HELD_OUT,
-        _fetch_imagenette, 99, 160),
-    "imagenette-128": Source("4,000 + 1,000 of Imagenette, 128x128", _TERMS, "Howard 2019, resized",
-        read_photos, (("imagenette-128/{split}.tar.gz",), ("imagenette-128/{split}",)), _HELD_OUT,
+    "cifar10-jpeg": Source(
+        "CIFAR-10 after JPEG, quality 75: other pixels, other scores",
+        "none given, cite the report", "Krizhevsky 2009, re-encoded", read_photos,
+        (("cifar10-jpeg/{split}.tar.gz",), ("cifar10-jpeg/{split}",)),
+        advice=f"{_NAME} with cifar10-jpeg/train.tar.gz and test.tar.gz, or use cifar10"),
+    "imagenette": Source(
+        "9,469 + 3,925 photos of 10 easy ImageNet classes", _TERMS, "Howard 2019", read_photos,
+        (("imagenette2{px}.tgz",), ("imagenette2{px}/{split}",)), _HELD_OUT, _imagenette, 99, 160),
+    "imagenette-128": Source(
+        "4,000 + 1,000 of Imagenette, 128x128", _TERMS, "Howard 2019, resized", read_photos,
+        (("imagenette-128/{split}.tar.gz",), ("imagenette-128/{split}",)), _HELD_OUT,
         advice=f"{_NAME} with imagenette-128/train.tar.gz and val.tar.gz, or use imagenette"),
-    "imagenet-sample": Source("one photo of each of the 1,000 ImageNet classes", _TERMS,
-        "Russakovsky et al. 2015",
+    "imagenet-sample": Source(
+        "one photo of each of the 1,000 ImageNet classes", _TERMS, "Russakovsky et al. 2015",
         read_photos, (("imagenet-sample",),), {"test": "test"}, size=160,
         advice=f"{_NAME} with imagenet-sample/<WordNet number>/<photo>.JPEG"),
-    "nuclei": Source("497 + 90 microscope images with masks of the nuclei", "CC0",
-        "Caicedo et al. 2019",
+    "nuclei": Source(
+        "497 + 90 microscope images with masks of the nuclei", "CC0", "Caicedo et al. 2019",
         read_pairs, (("nuclei/{split}",),), size=128,
-        advice=f"{_NAME} with images/ and masks/ in nuclei/train and nuclei/test, "
-               "or use nuclei-sample"),
-    "nuclei-sample": _sample("nuclei-sample.tar", "45 + 15 of nuclei", "CC0",
-        "Caicedo et al. 2019", read_pairs, size=128),
+        advice=f"{_NAME} with images/ and masks/ in nuclei/train and nuclei/test"),
+    "nuclei-sample": _sample("nuclei-sample.tar", "45 + 15 of nuclei", "CC0", "Caicedo et al. 2019",
+                             read_pairs, size=128),
 }
 
 # %% ../nbs/02_data.ipynb #f7edd9c8
@@ -574,7 +570,7 @@ def _noise(kind: str, x: Tensor, level: float, g: torch.Generator) -> Tensor:
 
 # %% ../nbs/02_data.ipynb #3c1d3cce
 #| code-fold: true
-#| code-summary: "The blurs"
+#| code-summary: "The blurs, pixels, contrast and brightness"
 def _disk(radius: float, soft: float) -> Tensor:
     """A disk on a grid of 17 pixels, its edge softened by a Gaussian of three."""
     i = torch.arange(-8.0, 9.0)
@@ -595,9 +591,7 @@ def _blur(kind: str, x: Tensor, level: float | tuple[float, float]) -> Tensor:
     return F.conv2d(F.pad(x, [len(kernel) // 2] * 4, mode=edges),
                     kernel.expand(channels, 1, -1, -1), groups=channels)
 
-# %% ../nbs/02_data.ipynb #cb2fb118
-#| code-fold: true
-#| code-summary: "Pixels, contrast and brightness"
+
 def _coarse(x: Tensor, share: float) -> Tensor:
     """Shrink and enlarge again with Pillow's box filter; resizing an identity gives its weights."""
     import numpy as np
@@ -796,10 +790,8 @@ def cli(argv: Sequence[str] | None = None) -> int:
     asked = p.parse_args(argv)
     try:
         if not asked.name:
-            titles = {k: k for k in ("name", "MB", "where", "licence", "what")}
-            rows = [titles, *catalogue(asked.root)]
-            width = {k: max(len(str(row[k])) for row in rows) for k in rows[0]}
-            for row in rows: print("  ".join(str(row[k]).ljust(width[k]) for k in width).rstrip())
+            for row in catalogue(asked.root):
+                print("{name:<22}{MB:>7}  {where:<15}  {licence}; {what}".format(**row))
             print(f"\nDownloads and decoded data are kept in {cache_folder()}")
         for name in asked.name:
             for split in SOURCES[_key(name)].splits: print(load(name, split, root=asked.root))

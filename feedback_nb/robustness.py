@@ -79,8 +79,8 @@ def _outputs(model: nn.Module, x: torch.Tensor, steps: int | None) -> list[torch
     return [model(x)]
 
 
-def _need_finite(outputs: Iterable[torch.Tensor]) -> None:
-    for t, logits in enumerate(outputs):
+def _need_finite(outputs: Iterable[torch.Tensor], first: int = 0) -> None:
+    for t, logits in enumerate(outputs, first):
         if not torch.isfinite(logits).all():
             why = f"the outputs of step {t} are not finite"
             raise FloatingPointError(f"{why}: look at the weights and the input")

@@ -8,19 +8,25 @@ __all__ = ['check_masks', 'class_weights', 'segmentation_loss', 'segmentation_sc
 # %% ../nbs/24_segmentation.ipynb #1f2c95aa
 #| code-fold: true
 #| code-summary: "Imports of the module"
+from itertools import islice
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from .checks import need_known, need_number
 from .feedback import FeedbackModel
+from .robustness import _need_finite
 from .training import batches, kept_modes, kept_random_state
 
 # %% ../nbs/24_segmentation.ipynb #9b2ae981
+#| code-fold: true
+#| code-summary: "check_masks"
 def check_masks(
     target: torch.Tensor,  # (B, H, W) int64
     n_classes: int,
     size: tuple | None = None,  # (B, H, W) that is expected
+    ignore_index: int | None = None,  # a label that is no class: pixels that do not count
 ) -> None:
     """ValueError for masks of another size or type, or with a label that is no class."""
     shape, wanted = tuple(target.shape), None if size is None else tuple(size)
@@ -28,21 +34,34 @@ def check_masks(
     if not whole or not target.numel() or wanted not in (None, shape):
         wanted = wanted or "(B, H, W) with pixels"
         raise ValueError(f"masks must be int64 {wanted}, got {target.dtype} {shape}")
-    low, high = torch.stack(target.aminmax()).tolist()
-    if low < 0 or high >= n_classes:
-        i, *place = ((target < 0) | (target >= n_classes)).nonzero()[0].tolist()
+    wrong = (target < 0) | (target >= n_classes)
+    wrong = wrong if ignore_index is None else wrong & (target != ignore_index)
+    if wrong.any():
+        i, *place = wrong.nonzero()[0].tolist()
         label, there = int(target[(i, *place)]), f"0…{n_classes - 1}"
         raise ValueError(f"label {label} in mask {i} at {tuple(place)} is no class of {there}; "
-                         "masks of 0 and 255: mask > 127")
+                         "try mask > 127 or ignore_index=")
+
+
+def _known(target, ignore_index):
+    """Where a mask has a class, and the mask with class 0 where it has none."""
+    if ignore_index is None:
+        return torch.ones_like(target, dtype=torch.bool), target
+    known = target != ignore_index
+    return known, target.where(known, 0)
 
 # %% ../nbs/24_segmentation.ipynb #0cd020d3
+#| code-fold: true
+#| code-summary: "class_weights and segmentation_loss"
 def class_weights(
     target: torch.Tensor,  # masks (B, H, W) int64, of the training set
     n_classes: int,
+    ignore_index: int | None = None,  # label of pixels that do not count
 ) -> torch.Tensor:  # (n_classes,) float32; mean over all pixels 1 when no class is absent
     """Weights that let every class count alike; 1 for a class that is absent."""
-    check_masks(target, n_classes)
-    share = torch.bincount(target.flatten(), minlength=n_classes) / target.numel()
+    check_masks(target, n_classes, None, ignore_index)
+    known = target if ignore_index is None else target[target != ignore_index]
+    share = torch.bincount(known.flatten(), minlength=n_classes) / max(1, known.numel())
     return torch.where(share > 0, 1 / (n_classes * share.clamp_min(1e-12)), 1.0)
 
 
@@ -52,26 +71,34 @@ def segmentation_loss(
     *,
     weights: torch.Tensor | None = None,  # (C,), such as `class_weights`; None: all 1
     dice: float = 0.5,  # share of the Dice loss, in [0, 1]; the rest is cross entropy
+    ignore_index: int | None = None,  # label of pixels that do not count
 ) -> torch.Tensor:  # scalar: the mean over the images
     """Cross entropy, of which every pixel is a part, and Dice, of which every class is one."""
     n, classes = output.shape[:2]
-    check_masks(target, classes, (n, *output.shape[2:]))
+    check_masks(target, classes, (n, *output.shape[2:]), ignore_index)
     need_number(0, 1, dice=dice)
+    known, target = _known(target, ignore_index)
     loss = F.cross_entropy(output, target, reduction="none")
-    loss = (loss if weights is None else loss * weights.to(loss)[target]).mean()
+    loss = loss if weights is None else loss * weights.to(loss)[target]
+    whole = ignore_index is None
+    loss = loss.mean() if whole else (loss * known).sum() / known.sum().clamp_min(1)
     if dice == 0 or classes < 2:
         return loss
     p, y = output.softmax(1)[:, 1:], F.one_hot(target, classes).movedim(-1, 1)[:, 1:]
     y = y.to(output.dtype)
+    p, y = (p, y) if whole else (p * known[:, None], y * known[:, None])
     overlap, total = (p * y).sum((2, 3)), (p + y).sum((2, 3))
     return (1 - dice) * loss + dice * (1 - (2 * overlap + 1) / (total + 1)).mean()
 
 # %% ../nbs/24_segmentation.ipynb #559893b6
-def _confusion(labels, target, n_classes):
+#| code-fold: true
+#| code-summary: "The table of an image, and its ratios"
+def _confusion(labels, target, n_classes, ignore_index):
     """How many pixels of each true class were given each class: (B, true, predicted), int64."""
+    known, target = _known(target, ignore_index)
     image = torch.arange(len(target), device=target.device)
     cells = image.view(-1, *[1] * (target.dim() - 1)) * n_classes + target
-    cells = (cells * n_classes + labels).flatten()
+    cells = (cells * n_classes + labels)[known]
     counts = torch.bincount(cells, minlength=len(target) * n_classes**2)
     return counts.view(-1, n_classes, n_classes)
 
@@ -85,11 +112,13 @@ def _scores(counts, average, empty):
     found = either > 0
     f1 = torch.where(found, 2 * both / either.clamp_min(1), empty).mean(0)
     iou = torch.where(found, both / (either - both).clamp_min(1), empty).mean(0)
-    predicted, true = (pooled.sum(i) / pooled.sum() for i in (0, 1))
+    predicted, true = (pooled.sum(i) / pooled.sum().clamp_min(1) for i in (0, 1))
     return {"f1": f1[1:].mean(), "iou": iou[1:].mean(), "f1_per_class": f1,
             "iou_per_class": iou, "predicted": predicted, "true": true}
 
 # %% ../nbs/24_segmentation.ipynb #a0bd6d48
+#| code-fold: true
+#| code-summary: "segmentation_scores"
 def segmentation_scores(
     output: torch.Tensor,  # logits (B, C, H, W), or predicted classes (B, H, W) with n_classes
     target: torch.Tensor,  # masks (B, H, W) int64
@@ -97,39 +126,57 @@ def segmentation_scores(
     n_classes: int | None = None,  # needed for predicted classes
     average: str = "pixels",  # all images as one big image; "images": mean of the images' scores
     empty: float = 1.0,  # the score of a class that neither the mask nor the prediction holds
+    ignore_index: int | None = None,  # label of pixels that do not count
 ) -> dict:  # tensors: f1, iou (classes 1…C-1), and (C,): f1_per_class, iou_per_class, shares
     """F1 (Dice) and IoU; `predicted` and `true` are each class's share of the pixels."""
     if output.dim() == target.dim() + 1:
+        _need_finite([output])  # or it would count as some class
         n_classes, output = output.shape[1], output.argmax(1)
     need_number(2, whole=True, n_classes=n_classes)
-    check_masks(target, n_classes, output.shape)
+    check_masks(target, n_classes, output.shape, ignore_index)
     check_masks(output, n_classes)
-    return _scores(_confusion(output, target, n_classes), average, empty)
+    return _scores(_confusion(output, target, n_classes, ignore_index), average, empty)
 
 # %% ../nbs/24_segmentation.ipynb #4a168b9a
+#| code-fold: true
+#| code-summary: "measure_segmentation"
+def _answers(model, x, steps):
+    """The logits after each step, one at a time: nobody holds all of them at once."""
+    if not isinstance(model, FeedbackModel):
+        yield model(x)
+        return
+    steps = model.steps if steps is None else steps
+    need_number(0, whole=True, steps=steps)
+    for state in islice(model.states(x, whole=False), steps + 1):
+        yield state.y
+
+
 @torch.no_grad()
 def measure_segmentation(
     model: nn.Module,  # a FeedbackModel, or any network from images to logits
     data,  # a data set of (image, mask)
     *,
-    batch_size: int = 32,  # does not change the result
+    batch_size: int = 32,  # does not change the result; memory grows with it
     steps: int | None = None,  # feedback steps; None: the model's own
     average: str = "pixels",  # as for `segmentation_scores`
     empty: float = 1.0,  # as for `segmentation_scores`
+    ignore_index: int | None = None,  # as for `segmentation_scores`
 ) -> dict:  # f1, iou, collapsed (1: class 0 alone was predicted); f1_per_step, iou_per_step
     """Scores on a whole data set, after every step; as `measure` for `evaluation.compare`."""
     need_number(1, **{"the number of images": len(data)})
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    options = {"steps": steps, "tol": False}
-    looped, tables = isinstance(model, FeedbackModel), []
+    device, tables = next((p.device for p in model.parameters()), torch.device("cpu")), []
     with kept_modes(model), kept_random_state(device):
         model.eval()
         for _, _, (x, y) in batches(data, batch_size):
-            x, y = x.to(device), y.to(device)
-            outputs = model.trajectory(x, **options).outputs if looped else [model(x)]
-            n, classes, *size = outputs[0].shape
-            check_masks(y, classes, (n, *size))
-            tables.append(torch.stack([_confusion(z.argmax(1), y, classes) for z in outputs]))
+            x, y, rows = x.to(device), y.to(device), []
+            for t, output in enumerate(_answers(model, x, steps)):
+                _need_finite([output], t)
+                n, classes, *size = output.shape
+                if not rows:
+                    check_masks(y, classes, (n, *size), ignore_index)
+                rows.append(_confusion(output.argmax(1), y, classes, ignore_index).cpu())
+                del output  # before the next one is made
+            tables.append(torch.stack(rows))
     tables = torch.cat(tables, 1)
     rows = [_scores(table, average, empty) for table in tables]
     each = {f"{k}_per_step": [float(row[k]) for row in rows] for k in ("f1", "iou")}

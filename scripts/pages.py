@@ -443,6 +443,11 @@ def make(root: Path, stem: str, out: Path, key: str) -> tuple[tuple[str, str], l
     )
     soup = BeautifulSoup(pandoc(references(page, text), page.faults), "html.parser")
     relink(root, chapters, soup, page.faults)
+    for i, aside in enumerate(page.aside):  # HTML that a cell has put out links to chapters as well
+        if ".ipynb" in aside:
+            part = BeautifulSoup(aside, "html.parser")
+            relink(root, chapters, part, page.faults)
+            page.aside[i] = part.decode(formatter="minimal")
     for table in soup.find_all("table"):
         for part in table.find_all("colgroup") + [head for head in table.find_all("thead")
                                                   if not head.get_text(strip=True)]:

@@ -14,6 +14,8 @@ from small_project import ROOT, SCRIPTS
 
 sys.path.insert(0, str(SCRIPTS))
 import claims  # noqa: E402
+import claims_numbers as numbers  # noqa: E402
+import claims_page  # noqa: E402
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
                None)
@@ -56,8 +58,9 @@ def run(root, *args):
     import io
     from unittest import mock
 
-    claims.record_of.cache_clear()
-    claims.anchors.cache_clear()
+    numbers.record_of.cache_clear()
+    numbers.anchors.cache_clear()
+    claims.said.cache_clear()
     said = io.StringIO()
     with mock.patch.object(sys, "argv", ["claims.py", "--root", str(root), *args]):
         with contextlib.redirect_stdout(said):
@@ -85,8 +88,8 @@ def test_every_paper_has_claims_and_every_verdict_is_in_use():
 
 
 def test_an_effect_is_the_paired_difference_with_its_interval(project):
-    found = claims.effect_of(project, EFFECT)
-    run_ = claims.record_of(claims.file_of(project, "50_loop"))
+    found = numbers.effect_of(project, EFFECT)
+    run_ = numbers.record_of(numbers.file_of(project, "50_loop"))
     a, b = (list(run_.scores(model).values()) for model in ("CBL", "plain"))
     low, high = stats.ttest_rel(a, b).confidence_interval(0.95)
     assert found["n"] == 5
@@ -96,16 +99,16 @@ def test_an_effect_is_the_paired_difference_with_its_interval(project):
 
 
 def test_places_means_and_histories(project):
-    at = claims.scores(project, "50_loop", ["CBL", "accuracy_per_step", 0], "accuracy")
-    steps = claims.record_of(claims.file_of(project, "50_loop")).per_step("CBL")
+    at = numbers.scores(project, "50_loop", ["CBL", "accuracy_per_step", 0], "accuracy")
+    steps = numbers.record_of(numbers.file_of(project, "50_loop")).per_step("CBL")
     assert at == pytest.approx(steps[0].to_dict())
-    both = claims.scores(project, "50_loop", {"mean": ["CBL", "plain"]}, "accuracy")
-    one, two = (claims.scores(project, "50_loop", m, "accuracy") for m in ("CBL", "plain"))
+    both = numbers.scores(project, "50_loop", {"mean": ["CBL", "plain"]}, "accuracy")
+    one, two = (numbers.scores(project, "50_loop", m, "accuracy") for m in ("CBL", "plain"))
     assert both[0] == pytest.approx((one[0] + two[0]) / 2)
-    lead = claims.scores(project, "50_loop", ["CBL", "history train_accuracy"], "accuracy")
+    lead = numbers.scores(project, "50_loop", ["CBL", "history train_accuracy"], "accuracy")
     assert 0 < lead[0] < 1
-    assert claims.picked([1.0, None, -1e6, 3.0], "x", ["mean"]) == 2.0
-    assert claims.picked("110", "hits x", []) == pytest.approx(1 / 3)
+    assert numbers.picked([1.0, None, -1e6, 3.0], "x", ["mean"]) == 2.0
+    assert numbers.picked("110", "hits x", []) == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize("parts, words", [
@@ -144,6 +147,15 @@ def test_a_record_with_other_numbers_breaks_the_seal(project):
     file.write_text(text.replace(row, other), encoding="utf-8")
     code, said = run(project, "--check")
     assert code == 1 and "not those the verdict was made on" in said
+
+
+def test_a_withdrawn_sentence_may_not_come_back(project):
+    path = project / "nbs" / "10_first.ipynb"
+    notebook = nbformat.read(path, 4)
+    notebook.cells[0].source += "\n\nAnd it *surely*\nhelps."
+    nbformat.write(notebook, path)
+    code, said = run(project, "--check")
+    assert code == 1 and "still stands in 10_first.ipynb" in said
 
 
 def test_what_a_seal_ignores(project):
@@ -185,14 +197,14 @@ def test_one_verdict_fits_an_interval(wanted, low, high, agrees):
 def test_anchors_are_pandocs(heading, anchor):
     import pypandoc
 
-    assert claims.slug(heading) == anchor
+    assert numbers.slug(heading) == anchor
     made = pypandoc.convert_text(f"## {heading}", "html5", format="markdown-smart")
     assert f'id="{anchor}"' in made
 
 
 def test_quotation_marks_only_around_the_papers_own_words():
-    assert claims.quoted({"words": "forward-only", "paraphrase": False}) == "“forward-only”"
-    assert claims.quoted({"words": "a < b", "paraphrase": True}) == "a &lt; b"
+    assert claims_page.quoted({"words": "forward-only", "paraphrase": False}) == "“forward-only”"
+    assert claims_page.quoted({"words": "a < b", "paraphrase": True}) == "a &lt; b"
 
 
 def page_text(root):

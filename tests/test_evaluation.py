@@ -1,4 +1,4 @@
-"""What a user of feedback_nb.evaluation relies on: statistics, recorded runs, curves, attacks, cost."""
+"""What a user of feedback_nb.evaluation relies on: statistics, and runs that are compared."""
 
 import math
 import subprocess
@@ -16,9 +16,18 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, random_split
 
-from feedback_nb.evaluation import compare, holm, paired, significance
+from feedback_nb.evaluation import (
+    compare,
+    crossed_interval,
+    holm,
+    paired,
+    right_answers,
+    significance,
+    smallest_effect,
+)
+from feedback_nb.records import describe_data
 
 scores = st.lists(st.tuples(st.floats(0, 100), st.floats(0, 100)), min_size=2, max_size=6)
 
@@ -82,7 +91,7 @@ def test_paired_without_spread_says_so():
     with pytest.warns(RuntimeWarning, match="all 3 differences are 0.1"):
         same = paired([0.4, 0.5, 0.6], [0.3, 0.4, 0.5])  # equal but for rounding
     assert same.t == math.inf and same.p == 0 and (same.low, same.high) == pytest.approx((0.1, 0.1))
-    assert paired([0.1 + 0.2, 1], [0.3, 1])[3:] == (0, 0, 1, 1, 0)
+    assert paired([0.1 + 0.2, 1], [0.3, 1])[3:8] == (0, 0, 1, 1, 0)
 
 
 @pytest.mark.parametrize(
@@ -154,6 +163,91 @@ def test_significance_corrects_for_several_models_and_shows_lone_runs():
     assert plain["p"].dropna().tolist() == pytest.approx(table["p"].dropna().tolist())
     with pytest.raises(ValueError, match="runs of empty"):
         significance({"base": [1.0], "empty": []})
+
+
+def test_holm_is_statsmodels():
+    multitest = pytest.importorskip("statsmodels.stats.multitest")
+    ps = np.random.default_rng(0).uniform(size=(50, 7)) ** 3
+    for row in ps:
+        assert holm(row) == pytest.approx(multitest.multipletests(row, method="holm")[1])
+
+
+@pytest.mark.parametrize("n", [3, 5, 10, 40])
+@pytest.mark.parametrize("power", [0.5, 0.8, 0.95])
+def test_smallest_effect_is_statsmodels(n, power):
+    oracle = pytest.importorskip("statsmodels.stats.power").TTestPower()
+    found = smallest_effect(n, power=power)
+    assert oracle.power(found, n, 0.05) == pytest.approx(power, abs=1e-4)
+    assert smallest_effect(n, power=power, shared=0.25) == pytest.approx(
+        found * math.sqrt((1 / n + 0.25) * n)
+    )
+
+
+def test_bound_and_welch_are_statsmodels_and_scipys():
+    from scipy import stats
+
+    weightstats = pytest.importorskip("statsmodels.stats.weightstats")
+    for seed in range(20):
+        a, b = np.random.default_rng(seed).normal(80, 1, (2, 6))
+        found = paired(a, b)
+        p, *_ = weightstats.ttost_paired(a, b, -found.within, found.within)
+        assert p == pytest.approx(0.05, abs=1e-8)  # at the bound the two one-sided tests say 5 %
+        oracle = stats.ttest_ind(a, b, equal_var=False)
+        assert found.welch_p == pytest.approx(oracle.pvalue)
+        assert found.r == pytest.approx(stats.pearsonr(a, b).statistic)
+
+
+@pytest.mark.parametrize("gain", [0.0, 0.7])
+def test_intervals_and_bounds_hold_the_gain_as_often_as_they_say(gain):
+    a, b = np.random.default_rng(3).normal(0, 1, (2, 1500, 6))
+    said = [paired(x + gain, y) for x, y in zip(a, b)]
+    assert np.mean([s.low <= gain <= s.high for s in said]) == pytest.approx(0.95, abs=0.02)
+    bound = np.mean([s.within >= gain for s in said])
+    assert bound == 1 if gain == 0 else 0.93 < bound < 1
+
+
+def test_a_gain_of_the_smallest_effect_is_found_eight_times_in_ten():
+    gain = smallest_effect(5)
+    d = np.random.default_rng(4).normal(gain, 1, (1500, 5))
+    assert np.mean([paired(row, np.zeros(5)).p < 0.05 for row in d]) == pytest.approx(0.8, abs=0.03)
+    found = paired([11, 12, 13], [10, 10, 10])
+    assert found.detectable == pytest.approx(smallest_effect(3))  # at a spread of 1
+
+
+def test_splits_of_one_set_need_the_correction_of_nadeau_and_bengio():
+    """The gain of predicting the mean of the training part over predicting 0 is known."""
+    rng, truth, held = np.random.default_rng(0), 0.3**2 - 1 / 80, []
+    for _ in range(300):
+        x, scores = rng.normal(0.3, 1, 100), []
+        for _ in range(10):
+            order = rng.permutation(100)
+            test, train = x[order[:20]], x[order[20:]]
+            scores.append((test**2).mean() - ((test - train.mean()) ** 2).mean())
+        said = [paired(scores, np.zeros(10), shared=shared) for shared in (0.0, 0.25)]
+        held.append([s.low <= truth <= s.high for s in said])
+    plain, corrected = np.mean(held, 0)
+    assert plain < 0.8 < 0.88 < corrected
+    by_hand = paired([11, 12, 13], [10, 10, 10], shared=0.5)
+    assert by_hand.t == pytest.approx(2 / math.sqrt(1 / 3 + 0.5)) and by_hand.d_z == 2
+
+
+@pytest.mark.parametrize("seeds, examples, residual", [(5, 100, 0.3), (20, 60, 0.3), (4, 80, 0.0)])
+def test_the_crossed_interval_holds_the_gain_as_often_as_it_says(seeds, examples, residual):
+    rng, held = np.random.default_rng(0), []
+    for _ in range(600):
+        d = 0.02 + rng.normal(0, 0.02, (seeds, 1)) + rng.normal(0, 0.1, (1, examples))
+        low, high = crossed_interval(d + rng.normal(0, residual, (seeds, examples)))
+        held.append(low <= 0.02 <= high)
+    assert np.mean(held) == pytest.approx(0.95, abs=0.03)
+
+
+def test_the_crossed_interval_without_examples_noise_is_that_of_the_seeds():
+    d = np.random.default_rng(0).normal(1, 2, (6, 1)).repeat(40, 1)
+    said = paired(d[:, 0], np.zeros(6))
+    assert crossed_interval(d) == pytest.approx((said.low, said.high))
+    assert crossed_interval(np.ones((3, 4))) == (1, 1)
+    with pytest.raises(ValueError, match="seeds"):
+        crossed_interval(np.ones((1, 4)))
 
 
 # runs
@@ -269,7 +363,7 @@ def test_compare_refuses_before_anything_is_trained(how, error, words):
 
 @pytest.mark.parametrize("how", [{}, {"fit": quick_fit, "evaluate": quick_test}])
 def test_measure_gets_the_network_in_eval_mode(how):
-    """Batch norm in training mode would answer from the batch it is shown, and learn from the test data."""
+    """Batch norm in training mode would answer from the batch, and learn from the test data."""
     made, modes = (
         lambda: nn.Sequential(
             nn.Linear(12, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3)
@@ -336,22 +430,181 @@ def test_compare_with_the_real_training(tmp_path):
     assert list(runs.table("net").index) == ["net", "loop"] and [
         len(f) for f in runs.histories["loop"]
     ] == [2, 2]
-    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == [
-        "loop-0",
-        "loop-1",
-        "net-0",
-        "net-1",
-    ]
+    folders = sorted(p.name for p in (tmp_path / "c").iterdir())
+    assert [f.rpartition("-")[0] for f in folders] == ["loop-0", "loop-1", "net-0", "net-1"]
     plain = compare(
         {"net": net}, DATA, range(2), settings={"epochs": 2, "batch_size": 20}, progress=False
     )
     assert plain.scores("net") == runs.scores("net")
 
 
+# reuse: a digest of what is iterated, or none
+
+
+class Plain(Dataset):
+    """A data set without tensors, of which only the class is known."""
+
+    def __init__(self, n, shift=0, lost=None):
+        self.items, self.lost = [(i + shift, i % 3) for i in range(n)], lost
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        return torch.full((12,), float(self.items[i][0])), self.items[i][1]
+
+
+def with_train(train):
+    return train, DATA[1], DATA[2]
+
+
+def steps_only(model, data, **how):
+    """Training that looks at nothing, so that any data will do."""
+    return types.SimpleNamespace(frame=pd.DataFrame([{"epoch": 0, "seconds": 0.0}]))
+
+
+blind = partial(compare, fit=steps_only, evaluate=quick_test, progress=False)
+SPLITS = [random_split(DATA[0], [40, 20], torch.Generator().manual_seed(s))[0] for s in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        (Subset(DATA[0], range(40)), Subset(DATA[0], range(20, 60))),
+        (SPLITS[0], SPLITS[1]),
+        (SPLITS[0], DATA[0]),
+        (DataLoader(DATA[0], 10), DataLoader(DATA[0], 20)),
+        (DataLoader(DATA[0], 10), DataLoader(DATA[0], 10, drop_last=True)),
+        (DataLoader(DATA[0], 10), DataLoader(DATA[0], 10, shuffle=True)),
+        (DataLoader(SPLITS[0], 10), DataLoader(SPLITS[1], 10)),
+        (Plain(30), Plain(30, shift=1)),
+    ],
+)
+def test_a_row_is_not_reused_for_other_data(one, other, tmp_path):
+    file = tmp_path / "runs.json"
+    first = blind({"a": net}, with_train(one), [0], results=file)
+    again = blind({"a": net}, with_train(one), [0], results=file, measure=None)
+    assert again.record == first.record and len(again.frame) == 1
+    with pytest.raises(ValueError, match="data.train"):
+        blind({"a": net}, with_train(other), [0], results=file)
+
+
+def test_data_that_cannot_be_told_apart_are_not_reused(tmp_path):
+    unknown = with_train(Plain(30, lost=lambda: 1))  # a function without a name: no pickle
+    file = tmp_path / "runs.json"
+    blind({"a": net}, unknown, [0], results=file)
+    with pytest.raises(ValueError, match="train"):
+        blind({"a": net}, unknown, [0, 1], results=file)
+    with pytest.raises(ValueError, match="train"):
+        blind({"a": net}, unknown, [0], checkpoints=tmp_path)
+
+
+def test_the_digest_is_of_the_content_and_the_same_in_another_process():
+    assert describe_data(Plain(5)) == describe_data(Plain(5)) != describe_data(Plain(5, 1))
+    assert describe_data(SPLITS[0]) != describe_data(SPLITS[1])
+    code = (
+        "from test_evaluation import *; print(describe_data(SPLITS[0]), describe_data(Plain(5)), "
+        "describe_data(DataLoader(DATA[0], 7)))"
+    )
+    folder = Path(__file__).parent
+    how = dict(capture_output=True, text=True, check=True, cwd=folder)
+    out = subprocess.run([sys.executable, "-c", code], **how).stdout.strip()
+    here = describe_data(SPLITS[0]), describe_data(DataLoader(DATA[0], 7))
+    assert all(found["digest"] in out for found in here)
+
+
+@pytest.mark.parametrize("other", ["data", "model"])
+def test_checkpoints_of_other_data_or_another_model_are_not_taken(other, tmp_path):
+    folders = []
+
+    def watched(model, data, *, checkpoint, **how):
+        folders.append(checkpoint)
+        checkpoint.mkdir(parents=True)
+        return steps_only(model, data)
+
+    run = partial(compare, fit=watched, evaluate=quick_test, progress=False, seeds=[0])
+    run({"a": net}, DATA, checkpoints=tmp_path / "c")
+    data = with_train(digits_like(60, 5)) if other == "data" else DATA
+    model = partial(nn.Linear, 12, 3, bias=False) if other == "model" else net
+    run({"a": model}, data, checkpoints=tmp_path / "c")
+    assert len(set(folders)) == 2
+
+
+@pytest.mark.parametrize("name", ["../out", "..", "a/b", "/etc", "CNN, wider"])
+def test_no_name_of_a_model_leads_out_of_the_checkpoints(name, tmp_path):
+    inside = tmp_path / "c"
+    how = dict(settings={"epochs": 1, "batch_size": 20}, progress=False)
+    compare({name: net}, DATA, [0], checkpoints=inside, **how)
+    assert [p.name for p in tmp_path.iterdir()] == ["c"] and len(list(inside.iterdir())) == 1
+
+
+def test_what_measure_returns_harms_no_row(tmp_path):
+    def greedy(model, test):
+        pair, table = torch.tensor([1.0, math.nan]), pd.DataFrame({"x": [1]})
+        return {"accuracy": -1.0, "seed": 7, "model": "b", "pair": pair, "odd": table, "f1": 0.5}
+
+    file = tmp_path / "runs.json"
+    with pytest.warns(RuntimeWarning, match="accuracy, model, seed"):
+        runs = quick({"a": net}, DATA, range(2), measure=greedy, results=file)
+    plain = quick({"a": net}, DATA, range(2))
+    assert runs.scores("a") == plain.scores("a") and runs.scores("a", "f1") == {0: 0.5, 1: 0.5}
+    row = runs.record["rows"][0]
+    assert row["measured_seed"] == 7 and row["measured_model"] == "b"
+    assert row["pair"] == [1.0, None] and row["measured_accuracy"] == -1
+    again = quick({"a": net}, DATA, range(2), measure=greedy, results=file)  # none is repeated
+    assert again.record["rows"] == runs.record["rows"]
+    one = quick({"a": net}, DATA, [0], measure=lambda model, test: torch.ones(2))
+    assert one.record["rows"][0]["measured"] == [1.0, 1.0]
+
+
+def new_split(seed):
+    x, y = DATA[0].tensors
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(seed))
+    parts = order[:30], order[30:40], order[40:]
+    return tuple(TensorDataset(x[i], y[i]) for i in parts)
+
+
+def test_each_seed_has_its_own_split_and_the_table_knows(tmp_path):
+    file = tmp_path / "runs.json"
+    runs = quick({"a": net, "b": net}, new_split, range(3), results=file)
+    for seed in range(3):
+        alone = quick({"a": net}, new_split(seed), [seed])
+        assert alone.scores("a")[seed] == runs.scores("a")[seed]
+    assert runs.shared == pytest.approx(20 / 30)
+    scores = {name: runs.scores(name, "loss") for name in ("a", "b")}
+    scores["b"] = {seed: v + 0.1 * seed for seed, v in scores["b"].items()}
+    expected = paired(scores["b"].values(), scores["a"].values(), shared=20 / 30)
+    assert significance(scores, shared=runs.shared).loc["b", "p"] == pytest.approx(expected.p)
+    assert quick({"a": net}, new_split, range(4), results=file).frame.seed.tolist() == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="another split"):
+        quick({"a": net}, lambda seed: new_split(seed + 9), range(3), results=file)
+    with pytest.raises(ValueError, match="splits"):
+        quick({"a": net}, new_split(0), range(3), results=file)
+
+
+def test_right_answers_can_be_resampled():
+    runs = quick({"a": net, "b": net}, DATA, range(3), measure=right_answers)
+    right = runs.examples("a")
+    assert right.shape == (3, 30)
+    assert right.mean(1).tolist() == pytest.approx(list(runs.scores("a").values()))
+    with pytest.raises(ValueError, match="right"):
+        quick({"a": net}, DATA, [0]).examples("a")
+
+
+def test_every_table_shows_what_it_could_have_seen():
+    table = significance({"base": [1.0, 2.0, 3.5], "new": [1.5, 2.5, 4.5]})
+    row = table.loc["new"]
+    assert {"r", "welch_p", "within", "detectable"} <= set(table.columns)
+    assert row.detectable == pytest.approx(smallest_effect(3) * abs(row.difference / row.d_z))
+    assert row.within > abs(row.difference)
+
+
 def test_importing_the_module_loads_nothing_heavy():
     code = (
         "import sys; import feedback_nb.evaluation; "
-        "print([m for m in ('pandas', 'scipy', 'captum', 'torchmetrics', 'joblib', 'matplotlib', 'feedback_nb.training', 'feedback_nb.data') if m in sys.modules])"
+        "heavy = ('pandas', 'scipy', 'captum', 'torchmetrics', 'joblib', 'matplotlib'); "
+        "ours = ('feedback_nb.training', 'feedback_nb.data'); "
+        "print([m for m in heavy + ours if m in sys.modules])"
     )
     out = subprocess.run(
         [sys.executable, "-c", code],
