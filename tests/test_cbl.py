@@ -778,5 +778,6 @@ def test_a_factory_may_know_of_another_size_of_the_context():
         def forward(self, h, z):
             return h * self.gate(z)[..., None, None]
 
-    model = CBL(cnn(3, width=2), example=X, adapter=Other, context=nn.Linear(10, 4))
+    context = nn.Linear(10, 4)
+    model = CBL(cnn(3, width=2), ["stage1"], example=X, adapter=Other, context=context)
     assert model(X).shape == (1, 10)
