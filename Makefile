@@ -10,7 +10,7 @@ READY := .venv/.ready
 export TQDM_DISABLE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book test lab docs bench readme check dist clean
+.PHONY: help setup book test quick record lab docs bench readme check dist clean
 
 help: ## this list
 	@echo 'make TARGET, where TARGET is one of'
@@ -22,6 +22,12 @@ book: $(READY) ## execute the notebooks that changed and write the offline book,
 
 test: $(READY) ## the notebooks' own tests, then pytest
 	@$(PY) scripts/test.py
+
+quick: $(READY) ## pytest in two minutes: no process is started or killed, no page is built
+	@$(PY) scripts/test.py --quick
+
+record: $(READY) ## what is recorded and what is stale; CHAPTER=31 HOURS=2 works it off
+	@$(PY) scripts/record.py
 
 lab: $(READY) ## JupyterLab on nbs/index.ipynb
 	@$(PY) -m jupyter lab nbs/index.ipynb

@@ -1,4 +1,5 @@
-"""What the benchmarks share: the plain and the looped training step, the machine they ran on, and the table and record at the end."""
+"""What the benchmarks share: the plain and the looped training step, the machine they ran on, and
+the table and record at the end."""
 
 import json
 import platform
@@ -21,12 +22,21 @@ def looped(model, x, y):
 
 
 def show(row):
-    print("  ".join(f"{k}: {v:.2f}" if isinstance(v, float) else f"{k}: {v}" for k, v in row.items()), flush=True)
+    print(
+        "  ".join(f"{k}: {v:.2f}" if isinstance(v, float) else f"{k}: {v}" for k, v in row.items()),
+        flush=True)
 
 
 def record(path, args, settings, rows, **more):
     """Write the rows with commit, versions, machine and the named settings of `args`."""
-    device = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"CPU ({platform.machine()})"
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    facts = {"commit": commit, "torch": torch.__version__, "python": platform.python_version(), "device": device, "threads": torch.get_num_threads(), "seed": 0}
-    path.write_text(json.dumps({**facts, **{key: getattr(args, key) for key in settings}, **more, "rows": rows}, indent=1) + "\n")
+    device = torch.cuda.get_device_name() if args.device.startswith(
+        "cuda") else f"CPU ({platform.machine()})"
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True,
+                            text=True).stdout.strip()
+    facts = {
+        "commit": commit, "torch": torch.__version__, "python": platform.python_version(),
+        "device": device, "threads": torch.get_num_threads(), "seed": 0
+    }
+    path.write_text(
+        json.dumps({**facts, **{key: getattr(args, key)
+                                for key in settings}, **more, "rows": rows}, indent=1) + "\n")

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['closest_layers', 'find_layers', 'Named', 'call_network', 'tensors', 'shapes', 'told', 'state_of', 'with_state',
-           'Taps', 'edit', 'tap', 'at_rest', 'layer_shapes', 'Call', 'trace_calls', 'settled_before']
+           'Taps', 'edit', 'tap', 'at_rest', 'layer_shapes', 'Call', 'trace_calls', 'settled_before', 'Site',
+           'plan_sites']
 
 # %% ../nbs/95_layers.ipynb #9433a2df
 #| code-fold: true
@@ -17,6 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+
+from .checks import need_equal, need_known
 
 # %% ../nbs/95_layers.ipynb #b0c1cdee
 _WORDS = {  # what people call a layer: what its class is called
@@ -53,7 +56,7 @@ def closest_layers(
     close = sorted((key for key in layers if score[key]), key=lambda key: -score[key])
     return close[:n] or [key for key in layers if "." not in key][:n]
 
-
+# %% ../nbs/95_layers.ipynb #92eae36e
 def find_layers(
     net: nn.Module,  # the network
     names: list[str] | tuple[str, ...] | str,  # dotted names as `net.named_modules()` spells them
@@ -235,7 +238,7 @@ class Call(NamedTuple):
     output: Any  # what it returned
     written: bool  # a later operation of the pass wrote into what it returned
 
-
+# %% ../nbs/95_layers.ipynb #81eae2c9
 def trace_calls(
     net: nn.Module,  # the network
     example,  # an input as the network takes it, (B, …); a tuple or dict of several
@@ -288,3 +291,107 @@ def settled_before(
     above = tuple(parent + "." for parent in (name, *done))
     ran = [child for child in dict.fromkeys(child for child, _ in order) if child in done]
     return [child for child in ran if not child.startswith(above)]
+
+# %% ../nbs/95_layers.ipynb #df1a7b10
+class Site(NamedTuple):
+    """One call of a named layer."""
+
+    key: str  # the layer's name; with "#k" for its k-th call after the first
+    layer: str
+    shape: tuple[int, ...]  # of its state for the example, (B, …)
+    dim: int  # where the channels are
+    copy: bool = False  # the network writes into it afterwards: who keeps it hands on a copy
+
+    @property
+    def channels(self) -> int:
+        return self.shape[self.dim]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width); (1, 1) for a vector, (N, 1) for tokens."""
+        rest = [n for d, n in enumerate(self.shape) if d not in (0, self.dim)]
+        return (*rest, 1, 1)[:2] if len(rest) < 2 else tuple(rest)
+
+# %% ../nbs/95_layers.ipynb #88540fcd
+def _twice_as_large(net, names, example):
+    """Shapes of the states when images are twice as high and wide; {} if the network refuses."""
+    larger = lambda a: a.tile(2, 2) if a.dim() == 4 else a
+    try:
+        with tap(net, names) as seen, at_rest(net):
+            call_network(net, tree_map_only(torch.Tensor, larger, example))
+    except Exception:  # whatever a network of one size says
+        return {}
+    return {name: state_of(output).shape for name, output in seen.items()}
+
+
+def _channel_dims(net, layers, calls, example, given):
+    """{layer: where its channels are}"""
+    ran = {call.name: state_of(call.output).shape for call in calls if call.name in layers}
+    for name, d in given.items():
+        need_known(name, ran, "layer for channel_dims")
+        there = [d for d in range(1 - len(ran[name]), len(ran[name])) if d]
+        need_known(d, there, f"dimension of {name!r} for channel_dims")
+    conv, last = (nn.Conv1d, nn.ConvTranspose1d, nn.BatchNorm1d), (nn.Linear, nn.LayerNorm)
+    dims = {name: given[name] % len(shape) if name in given else 1 for name, shape in ran.items()}
+    for name, shape in ran.items():
+        if name not in given and len(shape) == 3:
+            dims[name] = 1 if any(isinstance(m, conv) for m in layers[name].modules()) else 2
+    maps = [name for name, shape in ran.items() if name not in given and len(shape) == 4]
+    kinds = {name for name, module in net.named_modules() if isinstance(module, last)}
+    if not maps or all(len(shapes(c.output)) != 4 for c in calls if c.name in kinds):
+        return dims
+    twice = _twice_as_large(net, maps, example)
+    for name in maps:
+        same = [d for d in (1, 3) if twice.get(name, ran[name])[d] == ran[name][d]]
+        if len(same) != 1:
+            where = f"are the channels of {name!r} {tuple(ran[name])} in dimension 1 or 3?"
+            raise ValueError(f"{where} Say channel_dims={{{name!r}: 3}}")
+        dims[name] = same[0]
+    return dims
+
+# %% ../nbs/95_layers.ipynb #5c2eb624
+_SILENT = object()
+
+
+def _why_no_state(layer, output, batch):
+    """What is wrong with refining this layer; None when nothing is."""
+    if output is _SILENT:
+        return "never runs for the example; name one that does"
+    items = output if isinstance(output, (tuple, list)) else [output]
+    first = items[0] if len(items) else None
+    if any(isinstance(item, nn.utils.rnn.PackedSequence) for item in (output, first)):
+        return "returns a PackedSequence; refine a module of your own that packs, runs it and pads"
+    if not torch.is_tensor(first):
+        return f"returns {type(output).__name__}; refine one that returns a tensor (or it first)"
+    if first.is_nested:
+        return "returns a nested tensor; build the encoder with enable_nested_tensor=False"
+    if isinstance(layer, nn.RNNBase) and not layer.batch_first:
+        return "has its batch in dimension 1; make it with batch_first=True"
+    if first.dim() < 2 or not first.is_floating_point():
+        return f"returns {first.dtype} {tuple(first.shape)}; a state is floating point, (B, C, …)"
+    if len(first) != batch:
+        return f"returns {tuple(first.shape)} for a batch of {batch}; a state is (B, C, …)"
+
+
+def plan_sites(
+    net: nn.Module,
+    names: list[str],  # layers; `ValueError` for one that does not exist, run or return a state
+    example,  # a batch as the network takes it
+    channel_dims: dict[str, int] | None = None,  # {layer: where its channels are}, where known
+) -> tuple:  # ({(layer, call): Site} in the order they finish, all calls, the network's output)
+    """Find the calls of named layers in the pass of an example."""
+    layers = find_layers(net, names)
+    calls, output = trace_calls(net, example)
+    ran, sites = [call for call in calls if call.name in layers], {}
+    batch = next((len(leaf) for leaf in tensors(output) if leaf.dim()), None)
+    found = [*ran, *(Call(name, 0, _SILENT, False) for name in {*layers} - {c.name for c in ran})]
+    for name, _, out, _ in found:
+        if why := _why_no_state(layers[name], out, batch):
+            raise ValueError(f"layer {name!r} {why}")
+    dims = _channel_dims(net, layers, calls, example, channel_dims or {})
+    for name, k, out, written in ran:
+        key = f"{name}#{k}" if k else name
+        site = sites[name, k] = Site(key, name, tuple(state_of(out).shape), dims[name], written)
+        first = sites[name, 0].channels
+        need_equal(site.channels, first, f"channels when layer {name!r} runs again")
+    return sites, calls, output

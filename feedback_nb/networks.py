@@ -11,16 +11,18 @@ __all__ = ['rnn', 'text_encoder', 'count_parameters', 'cnn', 'torchvision_net', 
 #| code-fold: true
 #| code-summary: "Imports"
 import itertools
-from collections import Counter
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
+from .checks import need_known
+from .choice import default_layers, suggest_connections
 from .cost import multiply_adds
-from .layers import trace_calls
+
+# %% ../nbs/06_networks.ipynb #75e99797
+_all_ = ["default_layers", "suggest_connections"]
 
 # %% ../nbs/06_networks.ipynb #3446efa2
 def count_parameters(net: nn.Module) -> int:
@@ -68,10 +70,9 @@ def torchvision_net(
     if weights is None:
         return models.get_model(name, num_classes=n_classes, **options)
     known = models.get_model_weights(name)
-    weights = known.__members__.get(weights, weights)
     if not isinstance(weights, known):
-        names = ", ".join(known.__members__)
-        raise ValueError(f"no weights {weights!r} for {name}; take one of {names}, or None")
+        need_known(weights, known.__members__, f"set of weights for {name}")
+        weights = known[weights]
     net = models.get_model(name, weights=weights, **options)
     last, old = [(n, m) for n, m in net.named_modules() if isinstance(m, nn.Linear)][-1]
     if old.out_features != n_classes:
@@ -160,13 +161,12 @@ class RNN(nn.Module):
         dropout: float = 0.0,  # before each layer
     ):
         super().__init__()
-        kind = {"lstm": nn.LSTM, "gru": nn.GRU}.get(cell)
-        if kind is None:
-            raise ValueError(f"cell must be 'lstm' or 'gru', got {cell!r}")
+        kinds = {"lstm": nn.LSTM, "gru": nn.GRU}
+        need_known(cell, kinds, "cell")
         out = width * (2 if bidirectional else 1)
         inputs = [n_inputs, *[out] * (depth - 1)][:depth]
         self.n_inputs, self.dropout = n_inputs, nn.Dropout(dropout)
-        self.layers = nn.ModuleList(Recurrent(kind, n, width, bidirectional) for n in inputs)
+        self.layers = nn.ModuleList(Recurrent(kinds[cell], n, width, bidirectional) for n in inputs)
         self.head = nn.Linear(out, n_classes)
 
     def forward(self, x):  # (B, N, n_inputs), or a spectrogram (B, 1, n_inputs, N)
@@ -284,11 +284,15 @@ class SmallAlexNet(nn.Module):
         return self.out(self.relu6(self.fc6(self.grid(x).flatten(1))))  # (B, classes)
 
 # %% ../nbs/06_networks.ipynb #6e5c6a5c
-def _refuse_still(sizes, size):
-    """Note a size that is too small; a `make` that ignores its width would never end the search."""
-    sizes.append(size)
-    if len(sizes) > 64 and len(set(sizes[-64:])) == 1:
-        raise ValueError(f"make gives size {size} for 64 widths in a row; it must use its width")
+def _grown(make, size, start):
+    """(width, network, size) from `start` on; refuses a `make` that ignores its width."""
+    sizes = []
+    for width in itertools.count(start):
+        net = make(width)
+        sizes.append(size(net))
+        if len(sizes) > 64 and len(set(sizes[-64:])) == 1:
+            raise ValueError(f"make gives size {sizes[-1]} for 64 widths in a row; it must grow")
+        yield width, net, sizes[-1]
 
 
 def match_parameters(
@@ -298,11 +302,8 @@ def match_parameters(
 ) -> nn.Module:  # make(start), make(start + 1), …: the first one with at least as many
     """The narrowest network with at least as many parameters as `target`."""
     goal = count_parameters(target) if isinstance(target, nn.Module) else target
-    sizes = []
-    for net in map(make, itertools.count(start)):
-        if count_parameters(net) >= goal:
-            return net
-        _refuse_still(sizes, count_parameters(net))
+    grown = _grown(make, count_parameters, start)
+    return next(net for _, net, size in grown if size >= goal)
 
 # %% ../nbs/06_networks.ipynb #482d304e
 def match_compute(
@@ -312,107 +313,10 @@ def match_compute(
     start: int = 1,  # the first width tried
 ) -> nn.Module:  # the one whose multiply-adds are nearest to those of `target`
     """The network of the width at which it costs as much as `target`."""
-    goal, costs, sizes = multiply_adds(target, example), {}, []
-    for width in itertools.count(start):
-        with torch.device("meta"):
-            costs[width] = multiply_adds(make(width), example)
-        if costs[width] >= goal:
-            return make(min(costs, key=lambda width: abs(costs[width] - goal)))
-        _refuse_still(sizes, costs[width])
-
-# %% ../nbs/06_networks.ipynb #1ae7a2fb
-#| code-fold: true
-#| code-summary: "What runs once and returns a state"
-def _states(net, example, pairs=True):
-    """{name: layer} of the layers that run once and return a state; the layer of the output."""
-    calls, output = trace_calls(net, example)
-    times, answer = Counter(call.name for call in calls), tree_leaves(output)[0]
-    found, last = {}, None
-    for name, _, got, _ in calls:
-        got = got[0] if pairs and isinstance(got, (tuple, list)) and len(got) else got
-        if torch.is_tensor(got) and got.is_nested:
-            remedy = "build the encoder with enable_nested_tensor=False"
-            raise ValueError(f"layer {name!r} returns a nested tensor; {remedy}")
-        tensor = torch.is_tensor(got) and got.is_floating_point() and got.dim() > 1
-        layer = net.get_submodule(name)
-        if not tensor or len(got) != len(answer) or not getattr(layer, "batch_first", True):
-            continue
-        if got is answer:
-            last = last or name  # the innermost of those that return it
-        elif times[name] == 1:
-            found[name], shape = layer, got.shape
-    if last is None and found:
-        last = next(reversed(found))
-        if shape == answer.shape:
-            del found[last]  # only a softmax follows: these are the logits
-    return found, last
-
-# %% ../nbs/06_networks.ipynb #3093f861
-#| code-fold: true
-#| code-summary: "How large a layer is, and of which kind"
-def _weighted(layer):
-    """How many modules inside, the layer among them, have weights of their own."""
-    return sum(any(True for _ in m.parameters(recurse=False)) for m in layer.modules())
-
-
-def _size(found, names):
-    """Such modules, and parameters, in all of these layers."""
-    layers = [found[name] for name in names]
-    return sum(map(_weighted, layers)), sum(map(count_parameters, layers))
-
-
-def _kind(layer):
-    """What makes two layers similar: their class, or for a plain container what it holds."""
-    if type(layer) is not nn.Sequential:
-        return type(layer)
-    held = [m for m in layer.children() if _weighted(m)]
-    return frozenset("block" if any(True for _ in m.children()) else type(m) for m in held)
-
-# %% ../nbs/06_networks.ipynb #ce376676
-#| code-fold: true
-#| code-summary: "default_layers: the row that holds the most"
-def _row(net, found):
-    """Of all rows of similar sisters among the found layers the one that holds the most layers."""
-    rows, modules = {}, dict(net.named_modules())
-    for name, layer in found.items():
-        if _weighted(layer):
-            rows.setdefault((name.rpartition(".")[0], _kind(layer)), []).append(name)
-    if not rows:
-        raise ValueError(f"no layer of {type(net).__name__} runs once with weights; name some")
-
-    def rank(row):
-        (parent, _), names = row
-        box = modules[parent]
-        alone = isinstance(box, (nn.ModuleList, nn.Sequential)) and len(box) == 1
-        return len(names) > 1 or alone, _size(found, names)
-
-    return max(rows.items(), key=rank)[1]
-
-
-def default_layers(
-    net: nn.Module,
-    example,  # one batch as `net` takes it
-) -> list[str]:  # names, in the order in which they run
-    """The layers to refine: stages, blocks or recurrent layers, whichever row holds the most."""
-    return _row(net, _states(net, example)[0])
-
-# %% ../nbs/06_networks.ipynb #66c125e8
-def suggest_connections(
-    net: nn.Module,
-    example,  # one batch as `net` takes it
-    rungs: int = 4,  # connections; fewer where the network has fewer blocks
-) -> list[tuple[str, str]]:  # (source, destination) each
-    """A ladder: the last block of each of `rungs` equal parts hears the one half the ladder above.
-
-    The rungs of the upper half, which have none above them, hear the output."""
-    found, output = _states(net, example, pairs=False)
-    kinds = {}
-    for name, layer in found.items():
-        if _weighted(layer) > 2 and not isinstance(layer, nn.Sequential):
-            kinds.setdefault(type(layer), []).append(name)
-    size = lambda names: (len(names), _size(found, names))
-    blocks = max(kinds.values(), key=size, default=[])
-    blocks = blocks if len(blocks) > 1 else _row(net, found)
-    n = min(rungs, len(blocks))
-    ladder = [blocks[len(blocks) * (i + 1) // n - 1] for i in range(n)]
-    return list(zip(ladder[-(-n // 2) :] + [output] * n, ladder))
+    goal, costs = multiply_adds(target, example), {}
+    with torch.device("meta"):
+        for width, _, cost in _grown(make, lambda net: multiply_adds(net, example), start):
+            costs[width] = cost
+            if cost >= goal:
+                break
+    return make(min(costs, key=lambda width: abs(costs[width] - goal)))

@@ -5,30 +5,24 @@
 # %% ../nbs/05_plots.ipynb #97871531
 from __future__ import annotations
 
-import base64
-import hashlib
-import html
-import inspect
-import io
-import itertools
-import json
 import math
-import numbers
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from .checks import need_equal, need_known, need_number
+from .moving import animate, sliders
 
 if TYPE_CHECKING:
-    from IPython.display import HTML
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
     from pandas import DataFrame
     from torch import Tensor
 
 # %% auto #0
-__all__ = ['COLORS', 'MARKERS', 'LINES', 'use_style', 'animate', 'sliders', 'curves', 'learning_curves', 'pca_trajectory',
-           'image_grid', 'beside_paper']
+__all__ = ['COLORS', 'MARKERS', 'LINES', 'use_style', 'curves', 'learning_curves', 'pca_trajectory', 'image_grid', 'beside_paper',
+           'animate', 'sliders']
+
+# %% ../nbs/05_plots.ipynb #e20ba8cf
+_all_ = ["animate", "sliders"]  # they are imported from here
 
 # %% ../nbs/05_plots.ipynb #36a7a333
 COLORS = ["#0072B2", "#E69F00", "#000000", "#D55E00", "#56B4E9", "#009E73", "#CC79A7"]
@@ -50,200 +44,6 @@ def use_style() -> None:
         "axes.grid": True, "grid.alpha": 0.3, "grid.linewidth": 0.6,
         "axes.prop_cycle": cycler(color=COLORS) + cycler(linestyle=LINES),
     })
-
-# %% ../nbs/05_plots.ipynb #e35f0af5
-_LIMIT = 2_000_000  # bytes of one moving figure: a notebook with several must still open on a phone
-
-
-def _png(fig: Figure) -> str:
-    """`fig` as a base64 PNG with a palette, always of the figure's full size."""
-    import matplotlib as mpl
-    from PIL import Image
-
-    buffer, small = io.BytesIO(), io.BytesIO()
-    with mpl.rc_context({"savefig.bbox": None}):  # a tight box would change from frame to frame
-        fig.savefig(buffer, format="png", dpi=110)
-    image = Image.open(buffer).convert("RGB").quantize(128, dither=Image.Dither.NONE)
-    image.save(small, "png", optimize=True)
-    return base64.b64encode(small.getvalue()).decode()
-
-# %% ../nbs/05_plots.ipynb #64318cd9
-def _collect(frames: Iterable[Figure], counts: dict[str, int]) -> tuple[list[str], list[int]]:
-    """Draw as many frames as `counts` multiply to, into (distinct PNGs, index of each frame's)."""
-    need_number(1, sliders=len(counts), **{f"values of {name}": n for name, n in counts.items()})
-    found: dict[str, int] = {}
-    order, size = [], 0
-    for fig in frames:
-        png = _png(fig)
-        if png not in found:
-            found[png] = len(found)
-            size += len(png)
-        order.append(found[png])
-        if size > 0.97 * _LIMIT:  # the rest is for the page's own text
-            count, each = math.prod(counts.values()), size / len(found)
-            most = int(0.97 * _LIMIT / each)
-            raise ValueError(f"{count} frames of {each / 1000:.0f} kB take more than 2 MB: "
-                             f"draw at most {most}, or use a smaller figsize")
-    return list(found), order
-
-# %% ../nbs/05_plots.ipynb #9f6f0726
-_SCRIPT = """(() => {
-  const d = DATA;
-  const mine = '[data-feedback="' + d.key + '"]:not([data-ready])';
-  for (const root of document.querySelectorAll(mine)) {
-    root.setAttribute("data-ready", "");
-    const img = root.querySelector("img"), button = root.querySelector("button");
-    const inputs = [...root.querySelectorAll("input")];
-    const frames = d.frames.map(f => f ? "data:image/png;base64," + f : img.src);
-    const show = () => {
-      let at = 0;
-      const said = inputs.map((input, k) => {
-        at = at * d.labels[k].length + Number(input.value);
-        const text = d.labels[k][input.value];
-        input.setAttribute("aria-valuetext", text);
-        input.nextElementSibling.textContent = text;
-        return d.names[k] + " = " + text;
-      });
-      img.src = frames[d.order[at]];
-      img.alt = d.alt + " Shown: " + said.join(", ") + ".";
-    };
-    let timer = null;
-    const stop = () => { clearInterval(timer); timer = null; button.textContent = "Play"; };
-    const step = () => {
-      inputs[0].value = (Number(inputs[0].value) + 1) % d.order.length;
-      show();
-    };
-    if (button) button.addEventListener("click", () => {
-      if (timer !== null) return stop();
-      button.textContent = "Pause";
-      step();
-      timer = setInterval(() => root.isConnected ? step() : stop(), d.interval);
-    });
-    for (const input of inputs) input.addEventListener("input", () => {
-      if (timer !== null) stop();
-      show();
-    });
-    root.querySelector(".controls").hidden = false;
-    root.querySelector(".still").hidden = true;
-    show();
-  }
-})();"""
-
-# %% ../nbs/05_plots.ipynb #b4e827aa
-def _page(frames: list[str], order: list[int], names: list[str], labels: list[list[str]],
-          start: list[int], alt: str, interval: int | None, width: float) -> HTML:
-    """The HTML of a moving figure at the indices `start`; `interval` in ms gives a Play button."""
-    from IPython.display import HTML
-
-    shown = 0
-    for index, choices in zip(start, labels, strict=True):
-        shown = shown * len(choices) + index
-    first = order[shown]
-    data = dict(names=names, labels=labels, order=order, alt=alt, interval=interval,
-                frames=[f if i != first else 0 for i, f in enumerate(frames)])
-    data["key"] = hashlib.sha256((json.dumps(data) + frames[first]).encode()).hexdigest()[:12]
-    row = "display:flex;flex-wrap:wrap;align-items:center;gap:.3em .6em;margin:.3em 0"
-    play = '<button type="button" style="min-width:5em">Play</button>'
-    controls = [play] if interval is not None else []
-    for name, choices, index in zip(names, labels, start, strict=True):
-        name, value = html.escape(name), html.escape(choices[index])
-        controls.append(
-            f'<label style="{row}">{name} '
-            f'<input type="range" min="0" max="{len(choices) - 1}" step="1" value="{index}" '
-            f'aria-label="{name}" style="width:14em;max-width:100%"> '
-            f'<span style="min-width:4em">{value}</span></label>')
-    plain, alt = json.dumps(data, separators=(",", ":")), html.escape(alt)
-    script = _SCRIPT.replace("DATA", plain.replace("<", "\\u003c"), 1)
-    return HTML(
-        f'<div class="moving-figure" data-feedback="{data["key"]}" role="group" aria-label="{alt}">'
-        f'<img alt="{alt}" style="width:{width:.0f}px;max-width:100%;height:auto;background:white" '
-        f'src="data:image/png;base64,{frames[first]}">'
-        f'<div class="controls" hidden>{"".join(controls)}</div>'
-        '<p class="still"><small>One frame of several: it moves where scripts may run '
-        '(trust the notebook, or run this cell).</small></p></div>\n'
-        f"<script>{script}</script>")
-
-# %% ../nbs/05_plots.ipynb #3b8d4403
-def _label(value: object) -> str:
-    """A slider's value as a reader wants it: 0.3, not 0.30000000000000004."""
-    value = value.item() if hasattr(value, "item") else value
-    real = isinstance(value, numbers.Real) and not isinstance(value, (bool, int))
-    return f"{value:g}" if real else str(value)
-
-
-def _need_alt(alt: str) -> None:
-    if not alt.strip():
-        raise ValueError("alt is empty: say in one sentence what the figure shows")
-
-# %% ../nbs/05_plots.ipynb #3c0d79ac
-def animate(
-    fig: Figure,  # drawn on by `update`, closed at the end
-    update: Callable[[object], object],  # changes `fig` to show one of `frames`
-    frames: int | Iterable,  # the frames, or how many (then 0, 1, …)
-    *,
-    interval: int = 100,  # milliseconds from one frame to the next
-    alt: str,  # one sentence for readers who cannot see it
-    label: str = "frame",  # what the frames count, written beside the slider
-) -> HTML:  # plays on a static page; loads nothing; at most 2 MB
-    """An animation whose frames are computed now; ValueError for no frame, or more than 2 MB."""
-    import matplotlib.pyplot as plt
-
-    _need_alt(alt)
-    frames = list(range(frames) if isinstance(frames, int) else frames)
-    need_number(1, interval=interval)
-
-    def draw():
-        for frame in frames:
-            update(frame)
-            yield fig
-
-    try:
-        pngs, order = _collect(draw(), {label: len(frames)})
-    finally:
-        plt.close(fig)  # or the notebook would show the last frame a second time
-    labels, last = [[_label(frame) for frame in frames]], [len(frames) - 1]
-    return _page(pngs, order, [label], labels, last, alt, interval, 96 * fig.get_figwidth())
-
-# %% ../nbs/05_plots.ipynb #242baed0
-def _draw_all(draw: Callable, values: dict[str, list]) -> Iterable[Figure]:
-    """Each combination of `values`, drawn: the last name runs fastest; figures are closed."""
-    import matplotlib.pyplot as plt
-
-    given = "ax" in inspect.signature(draw).parameters and "ax" not in values
-    for combination in itertools.product(*values.values()):
-        fig, ax = plt.subplots() if given else (None, None)
-        try:
-            chosen = dict(zip(values, combination, strict=True))
-            made = draw(**chosen, **({"ax": ax} if given else {}))
-            fig = fig or getattr(made, "figure", made)
-            if not hasattr(fig, "savefig"):
-                raise TypeError(f"draw returned {type(made).__name__}: return the Figure, "
-                                "or draw on a parameter named ax")
-            yield fig
-        finally:
-            if hasattr(fig, "savefig"):
-                plt.close(fig)
-
-# %% ../nbs/05_plots.ipynb #ae01be3b
-def sliders(
-    draw: Callable,  # draw(**one value of each) -> Figure; or with a parameter `ax` to draw on
-    *,
-    alt: str,  # one sentence for readers who cannot see it
-    **values: Iterable,  # name on the page = the values its slider runs through, in order
-) -> HTML:  # needs no kernel and no network; at most 2 MB; starts in the middle of each slider
-    """A figure with one slider per keyword, every combination computed now; at most 2 MB."""
-    _need_alt(alt)
-    values, width = {name: list(choices) for name, choices in values.items()}, []
-
-    def drawn():
-        for fig in _draw_all(draw, values):
-            width.append(fig.get_figwidth())
-            yield fig
-
-    pngs, order = _collect(drawn(), {name: len(choices) for name, choices in values.items()})
-    labels = [[_label(value) for value in choices] for choices in values.values()]
-    middle = [len(choices) // 2 for choices in labels]
-    return _page(pngs, order, list(values), labels, middle, alt, None, 96 * max(width))
 
 # %% ../nbs/05_plots.ipynb #9007fcf4
 def _interval(values: object):
@@ -323,8 +123,9 @@ def curves(
         n, i = len(values), i % len(COLORS)
         color, line, marker = COLORS[i], LINES[i], MARKERS[i]
         mean, half = _interval((100 if "accuracy" in y else 1) * values)
+        label = _text(f"{name} ({n} seed{'s' * (n > 1)})")
         ax.plot(at, mean, color=color, linestyle=line, marker=marker,
-                markevery=max(1, len(at) // 10), label=_text(f"{name} ({n} seed{'s' * (n > 1)})"))
+                markevery=max(1, len(at) // 10), label=label)
         if half is not None:
             ax.fill_between(at, mean - half, mean + half, color=color, alpha=0.2, linewidth=0)
     if x in ("epoch", "step", "severity"):
@@ -355,9 +156,6 @@ def _plane(states: object) -> tuple:
     if len(set(shapes)) != 1 or len(shapes[0]) < 2 or isinstance(shapes[0], str):
         raise ValueError(f"states must be tensors (B, …) of one shape, one per step, got {shapes}")
     h = torch.stack([h.detach().flatten(1) for h in steps]).double().cpu()
-    if not h.isfinite().all():
-        bad = int((~h.isfinite()).flatten(1).any(1).nonzero()[0])
-        raise ValueError(f"the states of step {bad} are not finite: draw the steps before it")
     rows = h.flatten(0, 1) - h.flatten(0, 1).mean(0)
     _, sizes, directions = torch.linalg.svd(rows, full_matrices=False)
     top = directions[:2]

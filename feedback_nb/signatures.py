@@ -18,17 +18,11 @@ from torch import nn
 
 from .checks import need_equal, need_known, need_number
 from .evaluation import class_moments
-from .feedback import FeedbackModel, edit, find_layers
-from .training import batches, kept_modes, kept_random_state
+from .feedback import FeedbackModel
+from .replay import at_rest, edit, find_layers, wrapped
+from .training import batches, kept_random_state
 
 # %% ../nbs/37_signatures.ipynb #bfabdbeb
-def _network(model):
-    """Where layer names are looked up: the network that a feedback model wraps, or the model."""
-    known = ("backbone", "net") if isinstance(model, FeedbackModel) else ()
-    inner = [getattr(model, name, None) for name in known]
-    return next((net for net in inner if isinstance(net, nn.Module)), model)
-
-
 def _device(model):
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
@@ -59,10 +53,9 @@ def _note(seen, name, output):
 def _record(model, x, layers, steps, steer):
     """{layer: [of every pass]} and the outputs; a layer that a pass leaves out keeps its value."""
     layers, seen, outputs = [layers] if isinstance(layers, str) else list(layers), {}, []
-    net, rows = _network(model), {name: [] for name in layers}
+    net, rows = wrapped(model), {name: [] for name in layers}
     find_layers(net, layers)
-    with kept_modes(model), edit(net, {name: partial(_note, seen, name) for name in layers}):
-        model.eval()
+    with at_rest(model), edit(net, {name: partial(_note, seen, name) for name in layers}):
         for output in _passes(model, x, steps, steer):
             outputs.append(output)
             for name in layers:
@@ -73,7 +66,6 @@ def _record(model, x, layers, steps, steer):
     return rows, outputs
 
 
-@torch.no_grad()
 def responses(
     model: nn.Module,  # an LRM, any other FeedbackModel, or a plain module (one pass)
     x,  # input as the model takes it, (B, …)
@@ -183,7 +175,7 @@ class Localizer(NamedTuple):
         found = self.selective.items()
         return {layer: each.flatten(1).double().mean(1).tolist() for layer, each in found}
 
-
+# %% ../nbs/37_signatures.ipynb #cdb78fc0
 def localize(
     moments: Moments,  # of the localizer's images
     target,  # a category, as `moments.classes` has it
@@ -261,8 +253,7 @@ def named_responses(
     """Responses of layers in single passes, for tools that know one response for each name."""
     at = {name: name.rpartition("@") if "@" in name else (name, "", "") for name in names}
     layers = list(dict.fromkeys(layer for layer, *_ in at.values() if layer != "logits"))
-    with torch.no_grad():
-        rows, outputs = _record(model, x, layers, steps, steer)
+    rows, outputs = _record(model, x, layers, steps, steer)
     rows, last, found = {**rows, "logits": outputs}, len(outputs) - 1, OrderedDict()
     for name, (layer, sign, t) in at.items():
         t = int(t) if t.isdigit() else t if sign else last

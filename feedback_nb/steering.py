@@ -18,10 +18,11 @@ import torch.nn.functional as F
 
 from .checks import need_known, need_number
 from .evaluation import biased_answer, bootstrap_interval, class_moments, margins
+from .layers import at_rest
 from .lrm import LRM
 from .text import Denoiser, TextPrior, cosine_schedule, fit_diffusion, fit_ridge
 from .text import sample_diffusion, text_embeddings
-from .training import batches, kept_modes, kept_random_state
+from .training import batches, kept_random_state
 
 # %% ../nbs/35_steering.ipynb #7e97a110
 _all_ = ["TextPrior", "text_embeddings", "Denoiser", "cosine_schedule", "fit_ridge"]
@@ -147,7 +148,6 @@ def _source(model: LRM, source: str | None) -> str:
     return name
 
 
-@torch.no_grad()
 def instance(
     model: LRM,
     x: torch.Tensor,  # pictures, (B, …)
@@ -157,8 +157,7 @@ def instance(
 ) -> torch.Tensor:  # (B, C), or as the source's output is shaped
     """What a source says of these very pictures, in eval mode; steer with `.mean(1)` of tokens."""
     name = _source(model, source)
-    with kept_modes(model):
-        model.eval()
+    with at_rest(model):
         return model.trajectory(x, steps=steps, states=True).states[-1][name]
 
 # %% ../nbs/35_steering.ipynb #c3a0ac06
@@ -281,10 +280,11 @@ class Search(NamedTuple):
         h, f = self.hits.double().mean((0, 1)), self.false_alarms.double().mean(0)
         return {"hits": h.tolist(), "false_alarms": f.tolist(), "a_prime": a_prime(h, f).tolist()}
 
-
+# %% ../nbs/35_steering.ipynb #da8398e0
 def _looks(model: LRM, x, steers: list, steps: int | None):
     """Outputs of every pass, one steered call after the other; a plain first pass runs once."""
     steps = model.steps if steps is None else steps
+    need_number(0, whole=True, steps=steps)
     if model.tol is not None or model.at_once or any(steer.from_first_pass for steer in steers):
         yield from (model.trajectory(x, steps=steps, steer=steer).outputs for steer in steers)
         return
@@ -298,7 +298,6 @@ def _looks(model: LRM, x, steers: list, steps: int | None):
         yield outputs
 
 
-@torch.no_grad()
 def search(
     model: LRM,
     x: torch.Tensor,  # (N, C, H, W) single pictures
@@ -317,8 +316,7 @@ def search(
     need_known(by, ("class", "picture"), "way to give vectors")
     name, said, y = _source(model, source), [], torch.as_tensor(y)
     need_number(len(x) if by == "picture" else int(y.max()) + 1, number_of_vectors=len(vectors))
-    with kept_modes(model):
-        model.eval()
+    with at_rest(model):
         for rows in three.split(batch_size):
             shown = compose(x[rows[:, 0]], x[rows[:, 1]]).to(next(model.parameters()).device)
             asked = rows.T if by == "picture" else y[rows.T]  # first, second, absent
@@ -371,8 +369,7 @@ def composite_test(
             data = [torch.cat(part) for part in zip(*(pair for *_, pair in batches(data)))]
     x, y = data
     three = triplets(y, per_pair, seed=seed)
-    with kept_modes(model):
-        model.eval()
+    with at_rest(model):
         shown = (compose(x[t[:, 0]], x[t[:, 1]]).to(device) for t in three.split(128))
         logits = torch.cat([model(both, steps=0).float().cpu() for both in shown])
     margin = margins(logits, torch.as_tensor(y).cpu()[three])

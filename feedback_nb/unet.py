@@ -22,8 +22,8 @@ from torch.utils.checkpoint import checkpoint
 
 from .checks import need_known, need_number
 from .feedback import FeedbackModel, State, Trajectory
-from .segmentation import (check_masks, class_weights, measure_segmentation,
-                                      segmentation_loss, segmentation_scores)
+from .segmentation import check_masks, class_weights, measure_segmentation
+from .segmentation import segmentation_loss, segmentation_scores
 
 # %% ../nbs/20_unet.ipynb #3fa5c67c
 _all_ = ["check_masks", "class_weights", "segmentation_loss", "segmentation_scores",
@@ -128,7 +128,7 @@ class UNet(nn.Module):
 
 # %% ../nbs/20_unet.ipynb #c9907123
 class ExponentialDecay(nn.Module):
-    """The factor on what step t adds: e^{-t/τ}, or e^{tA/τ} with A = -QP, P learned as Q⁻¹."""
+    """The factor on what step t adds: e^{-t/τ}, or Q e^{-t/τ} P with P learned as Q⁻¹."""
 
     def __init__(
         self,
@@ -153,22 +153,17 @@ class ExponentialDecay(nn.Module):
         t: float,  # the clock, in steps
     ):  # a number, or a matrix (channels, channels)
         """What the step at time t is multiplied by."""
-        rate = (t if self.printed else -t) / self.tau
-        if self.kind == "scalar":
-            return math.exp(rate)
-        return torch.linalg.matrix_exp(rate * (self.Q @ self.P))
+        rate = math.exp((t if self.printed else -t) / self.tau)
+        return rate if self.kind == "scalar" else rate * self.Q @ self.P
 
     def forward(
         self,
         delta,  # (B, channels, H, W)
         t: float,  # the clock, in steps
     ):  # as delta
-        if t == 0:  # e^0, whatever A is
-            return delta
-        factor = self.factor(t)
         if self.kind == "scalar":
-            return delta * factor
-        return F.conv2d(delta, factor.to(delta.dtype)[:, :, None, None])
+            return delta if t == 0 else delta * self.factor(t)
+        return F.conv2d(delta, self.factor(t).to(delta.dtype)[:, :, None, None])
 
 # %% ../nbs/20_unet.ipynb #c1fe80e8
 class FeedbackLoop(FeedbackModel):
@@ -227,9 +222,13 @@ class FeedbackLoop(FeedbackModel):
         return self._changes(x, v, t)[0]
 
     def _changes(self, x, v, t):
-        """The change after the decay and, without a graph, before it."""
+        """The change at the clock t and, without a graph, at 0, where no decay has touched it."""
         change = self.change(x, v)
-        return change if self.decay is None else self.decay(change, t), change.detach()
+        if self.decay is None:
+            return change, change.detach()
+        with torch.no_grad():
+            whole = self.decay(change.detach(), 0)
+        return self.decay(change, t), whole
 
     def start(self, x, **context) -> State:
         """The blank state u = v = 0 and its prediction; nothing has been looked at yet."""
@@ -261,10 +260,11 @@ class FeedbackLoop(FeedbackModel):
     ) -> Trajectory:  # outputs of t = 0…T, the first that of the blank state
         """Run T steps from the blank state; `states` are {"u": …, "v": …}."""
         T, n = self.steps if steps is None else steps, self.backprop
+        need_number(0, whole=True, steps=T)
         restart = (restart,) if isinstance(restart, int) else tuple(restart)
         need_number(0, restart=min(restart, default=0))
-        first = max(0, T - n) if isinstance(n, int) and isinstance(T, int) else 0
-        return super().trajectory(x, steps=steps, restart=restart, first=first, **options)
+        first = max(0, T - n) if isinstance(n, int) else 0
+        return super().trajectory(x, steps=T, restart=restart, first=first, **options)
 
 # %% ../nbs/20_unet.ipynb #ec52e8a3
 class FeedbackUNet(FeedbackLoop):
@@ -310,8 +310,8 @@ class FeedForward(nn.Module):
         x,  # (B, C, H, W), floating point
     ):  # logits (B, n_classes, H, W)
         change = self.loop.change(x, self.loop.start(x).h["v"])
-        if self.static is not None:
-            change = self.loop.decay(change, self.static)
+        if self.loop.decay is not None:  # at 0, as in the first step of the loop
+            change = self.loop.decay(change, self.static or 0)
         return self.loop.head(change[:, : self.loop.state])
 
 

@@ -34,6 +34,7 @@ RULES = {  # rule: what its number counts
     "lambdas": f"lambdas of more than {LAMBDA} characters",
     "arrows": "imports that do not point down (DESIGN.md, who may import whom)",
     "circles": "modules in a circle of imports",
+    "records": "recorded runs that are of other code, of no digest or of no commit",
 }
 SKIPPED = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
            tokenize.ENDMARKER}
@@ -197,6 +198,10 @@ def numbers(root: Path) -> dict[tuple[str, str], tuple[int, int]]:
         if folder == package and "layers" in known:
             wrong = arrows(graph, known["layers"], known.get("sideways", []))
             found |= {("arrows", arrow): (1, 0) for arrow in wrong}
+    if (root / "results").is_dir():
+        from record import stale
+
+        found |= {("records", where): (number, 0) for where, number in stale(root).items()}
     return found
 
 

@@ -1,6 +1,8 @@
 """All tests: each notebook's own in a process of its own (nbdev_test), two at a time, then pytest.
 
     python scripts/test.py [pytest's arguments]
+    python scripts/test.py --quick      pytest alone: no process, no page, nothing long
+    python scripts/test.py --measure    pytest alone, in one process; writes tests/seconds.json
 """
 from __future__ import annotations
 
@@ -32,6 +34,11 @@ def main() -> int:
     if data := os.environ.get("FEEDBACK_NB_DATA"):
         os.environ["FEEDBACK_NB_DATA"] = os.path.abspath(data)  # notebooks run in nbs/
     jobs, failed = min(2, os.cpu_count() or 1), []
+    if {"--quick", "--measure"} & set(sys.argv):
+        del os.environ["TQDM_DISABLE"]
+        jobs = jobs if "--quick" in sys.argv else 0
+        return subprocess.run([sys.executable, "-m", "pytest", "-q", "-n", str(jobs),
+                               *sys.argv[1:]], cwd=ROOT).returncode
     paths = notebooks(ROOT)
     print(f"Testing {len(paths)} notebooks, {jobs} at a time.", flush=True)
     with in_turn(jobs) as pool:

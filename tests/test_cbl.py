@@ -1,4 +1,5 @@
-"""Contextual Backpropagation Loops: the two flows, what need not run again, every kind of network, bad input."""
+"""Contextual Backpropagation Loops: the two flows, what need not run again, every kind of network,
+bad input."""
 
 import copy
 import io
@@ -54,7 +55,8 @@ class Tokens(nn.Module):
     def __init__(self):
         super().__init__()
         self.embed = nn.Linear(6, 8)
-        self.block1, self.block2 = (nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True) for _ in range(2))
+        self.block1, self.block2 = (nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0,
+                                                               batch_first=True) for _ in range(2))
         self.head = nn.Linear(8, 5)
 
     def forward(self, x):
@@ -66,7 +68,8 @@ class Speech(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv, self.rnn, self.mix, self.head = nn.Conv1d(4, 6, 3, padding=1), nn.LSTM(6, 8, batch_first=True), nn.Linear(8, 8), nn.Linear(8, 5)
+        self.conv, self.rnn, self.mix, self.head = nn.Conv1d(4, 6, 3, padding=1), nn.LSTM(
+            6, 8, batch_first=True), nn.Linear(8, 8), nn.Linear(8, 5)
 
     def forward(self, x):
         h, _ = self.rnn(self.conv(x).transpose(1, 2))
@@ -122,28 +125,32 @@ def test_contract(kind, flow, adapter):
 @every
 @nets
 def test_equals_a_pass_without_shortcuts(kind, flow, monkeypatch):
-    """Nothing that is answered from the first pass would have come out otherwise, nor would its gradient."""
+    """Nothing that is answered from the first pass would have come out otherwise, nor would its
+    gradient."""
     net, model, x = build(kind, flow, steps=3)
     model.eval()  # dropout and batch statistics aside, replaying is exact
     fast = model.trajectory(x)
     stepwise_loss(fast, torch.arange(4)).backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    monkeypatch.setattr(model.replay, "reused", set()), monkeypatch.setattr(model.replay, "early", set())
+    monkeypatch.setattr(model.replay, "reused",
+                        set()), monkeypatch.setattr(model.replay, "early", set())
     slow = model.trajectory(x)
     for a, b in zip(fast.outputs, slow.outputs, strict=True):
         assert_close(a, b)
     stepwise_loss(slow, torch.arange(4)).backward()
     for name, p in model.named_parameters():
         if p.grad is not None:
-            assert_close(gradients[name], p.grad, atol=1e-6, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+            assert_close(gradients[name], p.grad, atol=1e-6, rtol=1e-4,
+                         msg=lambda m, name=name: f"{name}: {m}")
 
 
 @settings(max_examples=20, deadline=None)
 @given(alpha=st.floats(0, 1), steps=st.integers(0, 5), seed=st.integers(0, 10))
 def test_literal_flow_is_equations_7_and_8(alpha, steps, seed):
     torch.manual_seed(seed)
-    net = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+    net = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 7), nn.Tanh(),
+                        nn.Linear(7, 3)).double()
     x = torch.randn(4, 5, dtype=torch.float64)
     model = CBL(net, ["1", "3"], example=x, alpha=alpha, flow="literal", adapter="concat").double()
     trajectory = model.trajectory(x, steps=steps, states=True)
@@ -161,7 +168,8 @@ def test_literal_flow_is_equations_7_and_8(alpha, steps, seed):
 @given(alpha=st.floats(0, 1), steps=st.integers(0, 5), seed=st.integers(0, 10))
 def test_through_flow_is_section_3_9(alpha, steps, seed):
     torch.manual_seed(seed)
-    net = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+    net = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 7), nn.Tanh(),
+                        nn.Linear(7, 3)).double()
     x = torch.randn(4, 5, dtype=torch.float64)
     model = CBL(net, ["1", "3"], example=x, alpha=alpha, adapter="concat").double()
     trajectory = model.trajectory(x, steps=steps, states=True)
@@ -183,7 +191,8 @@ def test_alpha_one_never_changes_the_literal_state_and_settles_nothing(kind):
     for name, h in trajectory.states[0].items():
         assert torch.equal(h, trajectory.states[-1][name]), name
     assert all(torch.equal(y, trajectory.outputs[0]) for y in trajectory.outputs)
-    assert (trajectory.residuals > 0).all()  # the undamped step would go somewhere: not settled, only stopped
+    assert (trajectory.residuals
+            > 0).all()  # the undamped step would go somewhere: not settled, only stopped
 
 
 def test_alpha_stays_in_the_unit_interval_and_comes_back():
@@ -198,9 +207,9 @@ def test_alpha_stays_in_the_unit_interval_and_comes_back():
     model.alpha = 1
     assert model.alpha.item() == 1.0
     for wrong in (-0.001, 1.001, float("nan")):
-        with pytest.raises(ValueError, match=r"alpha must be in \[0, 1\]"):
+        with pytest.raises(ValueError, match="alpha must be"):
             model.alpha = wrong
-        with pytest.raises(ValueError, match=r"alpha must be in \[0, 1\]"):
+        with pytest.raises(ValueError, match="alpha must be"):
             CBL(cnn(1), example=torch.zeros(1, 1, 8, 8), alpha=wrong)
     still = CBL(cnn(1, width=2), example=torch.zeros(1, 1, 8, 8), learn_alpha=False)
     assert not still.alpha_raw.requires_grad
@@ -210,7 +219,11 @@ def test_literal_flow_trains_the_last_adapter_only_and_through_trains_all():
     for flow in FLOWS:
         _, model, x = build("cnn", flow)
         stepwise_loss(model.trajectory(x, states=True), torch.arange(4)).backward()
-        alive = {name for name, adapter in model.adapters.items() if any(p.grad is not None and p.grad.abs().sum() > 0 for p in adapter.parameters())}
+        alive = {
+            name
+            for name, adapter in model.adapters.items()
+            if any(p.grad is not None and p.grad.abs().sum() > 0 for p in adapter.parameters())
+        }
         assert alive == (set(STAGES) if flow == "through" else {"stage4"})
 
 
@@ -218,16 +231,19 @@ def test_contracting_literal_flow_forgets_its_input_and_the_through_flow_does_no
     class Shrink(nn.Module):
         def __init__(self, channels, context_dim):
             super().__init__()
-            self.h, self.z = (nn.utils.parametrizations.orthogonal(nn.Linear(n, channels)) for n in (channels, context_dim))
+            self.h, self.z = (nn.utils.parametrizations.orthogonal(nn.Linear(n, channels))
+                              for n in (channels, context_dim))
 
         def forward(self, h, z):
             return 0.4 * torch.tanh(self.h(h) + 0.1 * self.z(z))
 
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(),
+                        nn.Linear(8, 3)).double()
     x = torch.randn(6, 4, dtype=torch.float64)
     for flow in FLOWS:
-        model = CBL(net, ["1", "3"], example=x, adapter=Shrink, flow=flow, context_dim=8).double().eval()
+        model = CBL(net, ["1", "3"], example=x, adapter=Shrink, flow=flow,
+                    context_dim=8).double().eval()
         y = model(x, steps=120)
         gap = (y - y[:1]).abs().max()
         assert gap < 1e-12 if flow == "literal" else gap > 1e-3
@@ -264,13 +280,15 @@ def test_lower_layers_run_once(monkeypatch):
         for name in [*STAGES, "fc2"]:
             layer = model.net.get_submodule(name)
             layer = layer[0] if isinstance(layer, nn.Sequential) else layer
-            layer.register_forward_hook(lambda module, args, output, name=name, runs=runs: runs.append(name))
+            layer.register_forward_hook(
+                lambda module, args, output, name=name, runs=runs: runs.append(name))
         model(x)
         assert [runs.count(name) for name in [*STAGES, "fc2"]] == expected
 
 
 def test_a_step_is_a_map_of_the_state():
-    """start and step are a functional core: state in, state out, as the theory chapters use them."""
+    """start and step are a functional core: state in, state out, as the theory chapters use
+    them."""
     _, model, x = build("cnn", "through")
     model.eval()
     state = model.start(x)
@@ -316,8 +334,10 @@ def test_dense_outputs_give_a_pooled_context():
 def test_channel_dims_can_be_given():
     net = nn.Sequential(nn.Conv1d(2, 6, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(60, 3))
     x = torch.randn(2, 2, 10)
-    assert CBL(net, ["0"], example=x).adapters["0"].gate.out_features == 6  # a convolution: channels first
-    assert CBL(copy.deepcopy(net), ["1"], example=x, channel_dims={"1": 1}).adapters["1"].gate.out_features == 6
+    assert CBL(net, ["0"],
+               example=x).adapters["0"].gate.out_features == 6  # a convolution: channels first
+    assert CBL(copy.deepcopy(net), ["1"], example=x,
+               channel_dims={"1": 1}).adapters["1"].gate.out_features == 6
 
 
 def bad(make, error, message):
@@ -327,23 +347,26 @@ def bad(make, error, message):
 X = torch.zeros(1, 3, 16, 16)
 
 
-@pytest.mark.parametrize(
-    "make, error, message",
-    [
-        bad(lambda: CBL(cnn(3), ["stage9"], example=X), ValueError, "'stage9'.*'stage4'"),
-        bad(lambda: CBL(cnn(3), [], example=X), ValueError, "at least one layer name"),
-        bad(lambda: CBL(cnn(3), "stage1", example=X), ValueError, "must be a list"),
-        bad(lambda: CBL(cnn(3), ["stage1", "stage1"], example=X), ValueError, "named twice"),
-        bad(lambda: CBL(cnn(1), ["stage1"], example=X), RuntimeError, r"the example, \(1, 3, 16, 16\)"),
-        bad(lambda: CBL(cnn(3), ["stage1"], example=X[0, 0]), RuntimeError, r"the example, \(16, 16\)"),
-        bad(lambda: CBL(Speech(), ["rnn", "head"], example=torch.zeros(1, 4, 9), flow="loop"), ValueError, "flow must be 'through' or 'literal', got 'loop'"),
-        bad(lambda: CBL(cnn(), example=X, steps=-1), ValueError, "steps must be a whole number"),
-        bad(lambda: CBL(cnn(), example=X, adapter="gates"), ValueError, "no adapter 'gates'"),
-        bad(lambda: CBL(cnn(), example=X, adapter=lambda channels, context_dim: 3), ValueError, "int for 'stage1'"),
-        bad(lambda: CBL(cnn(width=2), example=X, adapter=lambda c, d: Wrong())(X), ValueError, r"'stage1' returned \(1, 1\)"),
-        bad(lambda: CBL(nn.Sequential(nn.Flatten(), Halves()), ["0"], example=X), ValueError, "logits"),
-    ],
-)
+@pytest.mark.parametrize("make, error, message", [
+    bad(lambda: CBL(cnn(3), ["stage9"], example=X), ValueError, "'stage9'.*'stage4'"),
+    bad(lambda: CBL(cnn(3), [], example=X), ValueError, "at least one layer name"),
+    bad(lambda: CBL(cnn(3), "stage1", example=X), ValueError, "must be a list"),
+    bad(lambda: CBL(cnn(3), ["stage1", "stage1"], example=X), ValueError, "named twice"),
+    bad(lambda: CBL(cnn(1), ["stage1"], example=X), RuntimeError, r"the example, \(1, 3, 16, 16\)"),
+    bad(lambda: CBL(cnn(3), ["stage1"], example=X[0, 0]), RuntimeError, r"the example, \(16, 16\)"),
+    bad(lambda: CBL(Speech(), ["rnn", "head"], example=torch.zeros(1, 4, 9), flow="loop"),
+        ValueError, "'loop'.*through, literal"),
+    bad(lambda: CBL(cnn(), example=X, steps=-1), ValueError, "steps must be a whole number"),
+    bad(lambda: CBL(cnn(), example=X, adapter="gates"), ValueError, "'gates'.*gate, concat"),
+    bad(lambda: CBL(cnn(), example=X, adapter=lambda channels, context_dim: 3), ValueError,
+        "int for 'stage1'"),
+    bad(lambda: CBL(cnn(width=2), example=X, adapter=lambda c, d: Wrong())
+        (X), ValueError, r"'stage1'.*\(1, 1\)"),
+    bad(lambda: CBL(nn.Sequential(nn.Flatten(), Halves()), ["0"], example=X), ValueError, "logits"),
+    bad(lambda: CBL(cnn(3), example=X, context=nn.Linear(10, 32)), ValueError,
+        r"context.*\(1, 64\), got \(1, 32\)"),
+],
+                         )
 def test_bad_input_is_named(make, error, message):
     with pytest.raises(error, match=message):
         make()
@@ -388,14 +411,18 @@ def test_nan_in_a_state_names_layer_and_step(flow):
 
 # Every named architecture, small
 
-VIT = {"image_size": 16, "patch_size": 8, "num_layers": 2, "num_heads": 2, "hidden_dim": 16, "mlp_dim": 32}
+VIT = {
+    "image_size": 16, "patch_size": 8, "num_layers": 2, "num_heads": 2, "hidden_dim": 16,
+    "mlp_dim": 32
+}
 TEXT = {"dim": 16, "depth": 2, "heads": 2, "max_len": 12}
 IDS = torch.tensor([[5, 7, 9, 2, 8, 4], [3, 0, 0, 0, 0, 0], [1, 2, 3, 4, 0, 0], [9, 9, 9, 9, 9, 0]])
 ARCHITECTURES = {  # the network, options of its CBL, the shape of an example or a whole batch
     "cnn": (lambda: cnn(3, 5, width=4), {}, (3, 16, 16)),
     "cnn mel": (lambda: cnn(1, 5, width=4), {}, (1, 64, 31)),
     "resnet18": (lambda: resnet18(5), {}, (3, 32, 32)),
-    "resnet18 small": (lambda: resnet18(5, small=True, in_channels=1), {"layers": ["layer2", "layer4"]}, (1, 8, 8)),
+    "resnet18 small": (lambda: resnet18(5, small=True, in_channels=1),
+                       {"layers": ["layer2", "layer4"]}, (1, 8, 8)),
     "vit": (lambda: vit(5, **VIT), {}, (3, 16, 16)),
     "vit grey": (lambda: vit(5, **VIT, in_channels=1), {"adapter": "attention"}, (1, 16, 16)),
     "vit token": (lambda: vit(5, **VIT), {"adapter": "token"}, (3, 16, 16)),
@@ -415,7 +442,8 @@ def make(kind, seed=0, **options):
     example = shape[:1] if torch.is_tensor(shape) else torch.zeros(1, *shape)
     model = CBL(net(), example=example, **{"steps": 3, "context_dim": 8} | own | options).eval()
     if kind.startswith("vit"):
-        nn.init.normal_(model.net.heads.head.weight, std=0.3)  # torchvision's starts at zero, where nothing reaches the output
+        nn.init.normal_(model.net.heads.head.weight,
+                        std=0.3)  # torchvision's starts at zero, where nothing reaches the output
     return model, shape if torch.is_tensor(shape) else torch.randn(4, *shape)
 
 
@@ -426,7 +454,8 @@ def test_architecture_contract(kind):
         plain = copy.deepcopy(model.net)(x)
         assert torch.equal(model(x, steps=0), plain) and torch.equal(model.net(x), plain)
         answer = model(x)
-        assert answer.shape == (4, 5) and (answer - plain).abs().max() > 1e-5  # feedback does something
+        assert answer.shape == (
+            4, 5) and (answer - plain).abs().max() > 1e-5  # feedback does something
         assert torch.equal(model(x), answer)  # eval is deterministic
         assert torch.equal(copy.deepcopy(model)(x), answer)
         assert torch.equal(pickle.loads(pickle.dumps(model))(x), answer)
@@ -450,7 +479,11 @@ def test_architecture_trains_every_adapter(kind):
     model, x = make(kind)
     model.train()
     stepwise_loss(model.trajectory(x), torch.arange(4)).backward()
-    silent = [name for name, p in model.named_parameters() if name.startswith(("adapters", "context", "alpha")) and not (p.grad is not None and p.grad.abs().sum() > 0)]
+    silent = [
+        name for name, p in model.named_parameters()
+        if name.startswith(("adapters", "context",
+                            "alpha")) and not (p.grad is not None and p.grad.abs().sum() > 0)
+    ]
     assert not silent
 
 
@@ -459,7 +492,8 @@ def test_architecture_halting_ignores_the_rest_of_the_batch(kind):
     model, x = make(kind, alpha=0.3)
     with torch.no_grad():
         residuals = model.trajectory(x, steps=12).residuals
-        tol = float(residuals[4].sort().values[1:3].mean())  # a tolerance that two of the four have met after five steps
+        tol = float(residuals[4].sort().values[1:3].mean()
+                    )  # a tolerance that two of the four have met after five steps
         together = model.trajectory(x, steps=12, tol=tol)
         assert together.n_steps.max() > together.n_steps.min() or kind.startswith("cnn")
         for i in range(4):
@@ -470,10 +504,12 @@ def test_architecture_halting_ignores_the_rest_of_the_batch(kind):
 
 @architectures
 def test_architecture_compiles(kind):
-    """One graph without a break, equal outputs; recurrent layers are left to eager mode by dynamo itself."""
+    """One graph without a break, equal outputs; recurrent layers are left to eager mode by dynamo
+    itself."""
     model, x = make(kind, steps=1)
     torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=kind not in ("lstm", "gru", "lstm token"), backend="eager")
+    compiled = torch.compile(model, fullgraph=kind not in ("lstm", "gru", "lstm token"),
+                             backend="eager")
     with torch.no_grad():
         assert_close(compiled(x), model(x))
 
@@ -485,7 +521,10 @@ def test_training_compiles():
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     got, expected = compiled(x), model(x)
     assert_close(got, expected)
-    pairs = [torch.autograd.grad(y.square().sum(), list(model.adapters.parameters())) for y in (got, expected)]
+    pairs = [
+        torch.autograd.grad(y.square().sum(), list(model.adapters.parameters()))
+        for y in (got, expected)
+    ]
     for a, b in zip(*pairs, strict=True):
         assert_close(a, b, atol=1e-5, rtol=1e-4)
 
@@ -498,11 +537,13 @@ def test_mixed_precision_trains(kind):
         loss = stepwise_loss(model.trajectory(x), torch.arange(4))
     loss.backward()
     gradients = [p.grad for p in model.adapters.parameters()]
-    assert all(torch.isfinite(g).all() for g in gradients) and all(g.abs().sum() > 0 for g in gradients)
+    assert all(torch.isfinite(g).all() for g in gradients) and all(g.abs().sum() > 0
+                                                                   for g in gradients)
 
 
 class Blocks(nn.Module):
-    """Attention in other hands than torchvision's: masks by keyword, queries that differ from keys."""
+    """Attention in other hands than torchvision's: masks by keyword, queries that differ from
+    keys."""
 
     def __init__(self):
         super().__init__()
@@ -515,11 +556,13 @@ class Blocks(nn.Module):
 
 
 def test_token_is_one_more_token_and_nothing_else():
-    """By hand: torchvision's block run on [token; tokens], the first output dropped, blended, handed on."""
+    """By hand: torchvision's block run on [token; tokens], the first output dropped, blended,
+    handed on."""
     model, x = make("vit token", alpha=0.25)
     net = copy.deepcopy(model.net)
     blocks = list(net.encoder.layers)
-    tokens = torch.cat([net.class_token.expand(4, -1, -1), net._process_input(x)], 1) + net.encoder.pos_embedding
+    tokens = torch.cat([net.class_token.expand(4, -1, -1),
+                        net._process_input(x)], 1) + net.encoder.pos_embedding
     h = [blocks[0](tokens)]
     h.append(blocks[1](h[0]))
     read = lambda h: net.heads(net.encoder.ln(h)[:, 0])
@@ -554,7 +597,8 @@ def test_padding_changes_neither_the_answer_nor_the_residual(adapter):
             a, b = model.trajectory(ids), model.trajectory(longer)
             assert_close(a.output, b.output, atol=1e-5, rtol=1e-4)
             assert_close(a.residuals, b.residuals, atol=1e-5, rtol=1e-4)
-            assert torch.isfinite(model(torch.zeros(1, 4, dtype=torch.long))).all()  # a text of nothing but padding
+            assert torch.isfinite(model(torch.zeros(
+                1, 4, dtype=torch.long))).all()  # a text of nothing but padding
 
 
 def test_a_classifier_that_packs_and_pads_inside_works():
@@ -566,7 +610,8 @@ def test_a_classifier_that_packs_and_pads_inside_works():
             self.lstm = nn.LSTM(3, 8, batch_first=True)
 
         def forward(self, x, lengths):
-            packed, _ = self.lstm(pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False))
+            packed, _ = self.lstm(
+                pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False))
             return pad_packed_sequence(packed, batch_first=True, total_length=x.shape[1])[0]
 
     class Net(nn.Module):
@@ -601,9 +646,9 @@ def test_weights_are_loaded_by_name(monkeypatch):
         assert all(torch.equal(value, trained[key]) for key, value in net.state_dict().items())
     other = resnet18(7, weights="DEFAULT")
     assert other.fc.out_features == 7 and torch.equal(other.conv1.weight, trained["conv1.weight"])
-    with pytest.raises(ValueError, match="'IMAGENET' for resnet18.*IMAGENET1K_V1"):
+    with pytest.raises(ValueError, match="'IMAGENET'.*resnet18.*IMAGENET1K_V1"):
         resnet18(weights="IMAGENET")
-    with pytest.raises(ValueError, match="ResNet18_Weights.* for vit_b_16"):
+    with pytest.raises(ValueError, match="ResNet18_Weights.*vit_b_16"):
         torchvision_net("vit_b_16", weights=ResNet18_Weights.DEFAULT)
     with pytest.raises(ValueError, match="small=False"):
         resnet18(weights="DEFAULT", small=True)
@@ -628,7 +673,8 @@ def test_full_size_networks_on_the_meta_device(name):
     assert sum(p.numel() for p in net.parameters()) == parameters
     widths = [site.channels for site in model.sites.values()]
     assert len(widths) == blocks
-    gates = sum((64 + 1) * width for width in widths) + (1000 + 1) * 64 + 1  # W and b of each gate, of g, and α
+    gates = sum((64 + 1) * width
+                for width in widths) + (1000 + 1) * 64 + 1  # W and b of each gate, of g, and α
     assert sum(p.numel() for p in model.parameters()) - parameters == gates
     assert model(x).shape == (1, 1000)
     if name == "vit_b_16":
@@ -663,39 +709,56 @@ class Inner(nn.Module):
 V = torch.zeros(2, 4)
 
 
-@pytest.mark.parametrize(
-    "make, error, message",
-    [
-        bad(lambda: CBL(resnet18(5), [], example=torch.zeros(1, 3, 32, 32)), ValueError, "at least one layer name"),
-        bad(lambda: CBL(vit(5, **VIT), [], example=X), ValueError, "at least one layer name"),
-        bad(lambda: CBL(nn.Linear(4, 3), example=V), ValueError, "no layer of Linear"),
-        bad(lambda: CBL(Out(lambda x: {"h": x}), ["inner"], example=V), ValueError, "'inner' returns dict"),
-        bad(lambda: CBL(Out(lambda x: ("h", x)), ["inner"], example=V), ValueError, "'inner' returns tuple"),
-        bad(lambda: CBL(Out(lambda x: ()), ["inner"], example=V), ValueError, "'inner' returns tuple; refine"),
-        bad(lambda: CBL(Out(lambda x: 3), ["inner"], example=V), ValueError, "'inner' returns int; refine"),
-        bad(lambda: CBL(Out(lambda x: None), ["inner"], example=V), ValueError, "'inner' returns NoneType; refine"),
-        bad(lambda: CBL(Out(lambda x: x.long()), ["inner"], example=V), ValueError, "'inner' returns torch.int64"),
-        bad(lambda: CBL(Out(lambda x: x.sum()), ["inner"], example=V), ValueError, r"'inner' returns torch.float32 \(\)"),
-        bad(lambda: CBL(Out(lambda x: x.T), ["inner"], example=V), ValueError, r"'inner' returns \(4, 2\) for a batch of 2"),
-        bad(lambda: CBL(nn.Sequential(nn.LSTM(4, 4), Take(), nn.Linear(4, 3)), ["0"], example=torch.zeros(2, 2, 4)), ValueError, "'0' has its batch in dimension 1"),
-        bad(lambda: vit(5, image_size=30), ValueError, "image_size 30.* 32"),
-        bad(lambda: torchvision_net("vit_b_16", image_size=100), ValueError, "image_size 100.* 96"),
-        bad(lambda: torchvision_net("vit_h_14", image_size=8), ValueError, "image_size 8.* 14"),
-        bad(lambda: CBL(vit(5, **VIT), ["encoder.ln"], example=torch.zeros(1, 3, 20, 20)), AssertionError, r"Expected 16 but got 20[\s\S]*\(1, 3, 20, 20\)"),
-        bad(lambda: CBL(vit(5, **VIT), example=torch.zeros(1, 3, 16, 16))(torch.zeros(1, 3, 20, 20)), AssertionError, "Expected 16 but got 20"),
-        bad(lambda: CBL(cnn(), example=X, adapter="token"), ValueError, "adapter='token'.*'stage1'"),
-        bad(lambda: CBL(vit(5, **VIT), example=torch.zeros(1, 3, 16, 16), adapter="token", flow="literal"), ValueError, "adapter='token'.*literal"),
-        bad(lambda: CBL(rnn(6, width=8), example=torch.zeros(1, 2, 6), adapter="token")(torch.zeros(1, 2, 6)), ValueError, r"\(B, N, 8\), got \(1, 2, 6\)"),
-        bad(lambda: rnn(6, cell="elman"), ValueError, "cell must be 'lstm' or 'gru', got 'elman'"),
-        bad(lambda: rnn(6)(torch.zeros(2, 6)), ValueError, r"\(B, N, 6\).*\(2, 6\)"),
-        bad(lambda: rnn(6)(pack_padded_sequence(torch.zeros(2, 3, 6), [3, 2], batch_first=True)), ValueError, "PackedSequence"),
-        bad(lambda: text_encoder(9, heads=3), ValueError, "dim=128, heads=3"),
-        bad(lambda: text_encoder(9, pad=9), ValueError, "pad=9"),
-        bad(lambda: text_encoder(10, **TEXT)(torch.zeros(1, 13, dtype=torch.long)), ValueError, r"max_len=12.*\(1, 13\)"),
-        bad(lambda: text_encoder(10, **TEXT)(torch.zeros(1, 3)), ValueError, "float32"),
-        bad(lambda: text_encoder(10, **TEXT)(torch.tensor([[3, 10]])), ValueError, "3 to 10"),
-    ],
-)
+@pytest.mark.parametrize("make, error, message", [
+    bad(lambda: CBL(resnet18(5), [], example=torch.zeros(1, 3, 32, 32)), ValueError,
+        "at least one layer name"),
+    bad(lambda: CBL(vit(5, **VIT), [], example=X), ValueError, "at least one layer name"),
+    bad(lambda: CBL(nn.Linear(4, 3), example=V), ValueError, "no layer of Linear"),
+    bad(lambda: CBL(Out(lambda x: {"h": x}), ["inner"], example=V), ValueError,
+        "'inner' returns dict"),
+    bad(lambda: CBL(Out(lambda x:
+                        ("h", x)), ["inner"], example=V), ValueError, "'inner' returns tuple"),
+    bad(lambda: CBL(Out(lambda x:
+                        ()), ["inner"], example=V), ValueError, "'inner' returns tuple; refine"),
+    bad(lambda: CBL(Out(lambda x: 3), ["inner"], example=V), ValueError,
+        "'inner' returns int; refine"),
+    bad(lambda: CBL(Out(lambda x: None), ["inner"], example=V), ValueError,
+        "'inner' returns NoneType; refine"),
+    bad(lambda: CBL(Out(lambda x: x.long()), ["inner"], example=V), ValueError,
+        "'inner' returns torch.int64"),
+    bad(lambda: CBL(Out(lambda x: x.sum()), ["inner"], example=V), ValueError,
+        r"'inner' returns torch.float32 \(\)"),
+    bad(lambda: CBL(Out(lambda x: x.T), ["inner"], example=V), ValueError,
+        r"'inner' returns \(4, 2\) for a batch of 2"),
+    bad(
+        lambda: CBL(nn.Sequential(nn.LSTM(4, 4), Take(), nn.Linear(4, 3)), ["0"], example=torch.
+                    zeros(2, 2, 4)), ValueError, "'0' has its batch in dimension 1"),
+    bad(lambda: vit(5, image_size=30), ValueError, "image_size 30.* 32"),
+    bad(lambda: torchvision_net("vit_b_16", image_size=100), ValueError, "image_size 100.* 96"),
+    bad(lambda: torchvision_net("vit_h_14", image_size=8), ValueError, "image_size 8.* 14"),
+    bad(lambda: CBL(vit(5, **VIT), ["encoder.ln"], example=torch.zeros(1, 3, 20, 20)),
+        AssertionError, r"Expected 16 but got 20[\s\S]*\(1, 3, 20, 20\)"),
+    bad(lambda: CBL(vit(5, **VIT), example=torch.zeros(1, 3, 16, 16))
+        (torch.zeros(1, 3, 20, 20)), AssertionError, "Expected 16 but got 20"),
+    bad(lambda: CBL(cnn(), example=X, adapter="token"), ValueError, "adapter='token'.*'stage1'"),
+    bad(
+        lambda: CBL(vit(5, **VIT), example=torch.zeros(1, 3, 16, 16), adapter="token", flow=
+                    "literal"), ValueError, "adapter='token'.*literal"),
+    bad(
+        lambda: CBL(rnn(6, width=8), example=torch.zeros(1, 2, 6), adapter="token")
+        (torch.zeros(1, 2, 6)), ValueError, r"\(B, N, 8\), got \(1, 2, 6\)"),
+    bad(lambda: rnn(6, cell="elman"), ValueError, "'elman'.*cell.*lstm, gru"),
+    bad(lambda: rnn(6)(torch.zeros(2, 6)), ValueError, r"\(B, N, 6\).*\(2, 6\)"),
+    bad(lambda: rnn(6)(pack_padded_sequence(torch.zeros(2, 3, 6), [3, 2], batch_first=True)),
+        ValueError, "PackedSequence"),
+    bad(lambda: text_encoder(9, heads=3), ValueError, "dim=128, heads=3"),
+    bad(lambda: text_encoder(9, pad=9), ValueError, "pad=9"),
+    bad(lambda: text_encoder(10, **TEXT)
+        (torch.zeros(1, 13, dtype=torch.long)), ValueError, r"max_len=12.*\(1, 13\)"),
+    bad(lambda: text_encoder(10, **TEXT)(torch.zeros(1, 3)), ValueError, "float32"),
+    bad(lambda: text_encoder(10, **TEXT)(torch.tensor([[3, 10]])), ValueError, "3 to 10"),
+],
+                         )
 def test_bad_input_to_architectures_is_named(make, error, message):
     with pytest.raises(error, match=message):
         make()

@@ -25,13 +25,15 @@ def project(sound, tmp_path):
 
 
 def faults(root, export=False):
-    "What is wrong, as the script would print it; comparing the export takes seconds, so only where it matters."
+    """What is wrong, as the script prints it; comparing the export takes seconds."""
     found = [fault for path in check.notebooks(root) for fault in check.check_notebook(root, path)]
-    return "\n".join(found + (check.check_export(root) if export else []) + check.check_sidebar(root))
+    return "\n".join(found + (check.check_export(root) if export else []) +
+                     check.check_sidebar(root))
 
 
 def script(root):
-    return subprocess.run([sys.executable, SCRIPTS / "check_notebooks.py", "--root", root], capture_output=True, text=True)
+    return subprocess.run([sys.executable, SCRIPTS / "check_notebooks.py", "--root", root],
+                          capture_output=True, text=True)
 
 
 def change(root, name, edit):
@@ -39,17 +41,22 @@ def change(root, name, edit):
     path = root / "nbs" / f"{name}.ipynb"
     notebook = json.loads(path.read_text(encoding="utf-8"))
     edit(notebook["cells"])
-    path.write_text(json.dumps(notebook, sort_keys=True, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps(notebook, sort_keys=True, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def test_a_sound_project_passes_and_a_fault_fails(project):
     done = script(project)
-    assert (done.returncode, done.stdout) == (0, "3 notebooks: exported, clean, described and run.\n"), done.stderr
+    assert (done.returncode,
+            done.stdout) == (0, "3 notebooks: exported, clean, described and run.\n"), done.stderr
     (project / "README.md").write_text("# mini\n", encoding="utf-8")
     change(project, "10_second", lambda cells: cells[3].update(execution_count=7))
     done = script(project)
     assert done.returncode == 1
-    assert done.stdout.splitlines() == ["nbs/10_second.ipynb is not clean: run nbdev_clean --fname nbs/10_second.ipynb", "README.md is not what nbs/index.ipynb gives: run make readme"]
+    assert done.stdout.splitlines() == [
+        "nbs/10_second.ipynb is not clean: run nbdev_clean --fname nbs/10_second.ipynb",
+        "README.md is not what nbs/index.ipynb gives: run make readme"
+    ]
 
 
 def stream(text, name="stdout"):
@@ -57,24 +64,37 @@ def stream(text, name="stdout"):
 
 
 @pytest.mark.parametrize("output, said", [
-    ({"output_type": "error", "ename": "ValueError", "evalue": "no", "traceback": ["Traceback (most recent call last)", "ValueError: no"]}, "ended with ValueError: no"),
+    ({
+        "output_type": "error", "ename": "ValueError", "evalue": "no",
+        "traceback": ["Traceback (most recent call last)", "ValueError: no"]
+    }, "ended with ValueError: no"),
     (stream("Traceback (most recent call last):\n  File x\n"), "shows a traceback"),
-    (stream("a.py:3: UserWarning: mind this\n  warn()\n", "stderr"), "shows a warning: a.py:3: UserWarning: mind this"),
+    (stream("a.py:3: UserWarning: mind this\n  warn()\n",
+            "stderr"), "shows a warning: a.py:3: UserWarning: mind this"),
     (stream("DeprecationWarning: old\n"), "shows a warning"),
     (stream("50%|###  | 1/2\n", "stderr"), "writes to stderr"),
-    (stream("saved to /home/ada/run/best.pt\n"), "shows a path of the machine it ran on: /home/ada/run/best.pt"),
+    (stream("saved to /home/ada/run/best.pt\n"),
+     "shows a path of the machine it ran on: /home/ada/run/best.pt"),
     (stream("C:\\Users\\ada\\x\n"), "shows a path of the machine"),
-    ({"output_type": "display_data", "metadata": {}, "data": {"text/html": ["<b>/tmp/x1/y</b>"]}}, "shows a path of the machine it ran on: /tmp/x1/y"),
-    ({"output_type": "display_data", "metadata": {}, "data": {"image/png": "AAAA"}}, "has a figure without `#| fig-alt`"),
-    ({"output_type": "display_data", "metadata": {}, "data": {"image/svg+xml": ["<svg></svg>"]}}, "has a figure without `#| fig-alt`"),
-    ({"output_type": "display_data", "metadata": {}, "data": {"text/html": ["<img src='data:,'>"]}}, "has an <img> without alt"),
+    ({"output_type": "display_data", "metadata": {}, "data": {"text/html": ["<b>/tmp/x1/y</b>"]}
+      }, "shows a path of the machine it ran on: /tmp/x1/y"),
+    ({"output_type": "display_data", "metadata": {}, "data": {"image/png": "AAAA"}
+      }, "has a figure without `#| fig-alt`"),
+    ({"output_type": "display_data", "metadata": {}, "data": {"image/svg+xml": ["<svg></svg>"]}
+      }, "has a figure without `#| fig-alt`"),
+    ({"output_type": "display_data", "metadata": {}, "data": {"text/html": ["<img src='data:,'>"]}
+      }, "has an <img> without alt"),
 ])
 def test_outputs(project, output, said):
     change(project, "10_second", lambda cells: cells[3]["outputs"].append(output))
-    assert f"nbs/10_second.ipynb cell 4 (print(f\"area {{area(2):.0f}}\")) {said}" in faults(project)
+    assert f"nbs/10_second.ipynb cell 4 (print(f\"area {{area(2):.0f}}\")) {said}" in faults(
+        project)
 
 
-@pytest.mark.parametrize("harmless", ["https://example.org/home/ada/x", "ratio a/tmp/b", "no warning here", "data:image/png;base64," + "/tmp/" * 50])
+@pytest.mark.parametrize("harmless", [
+    "https://example.org/home/ada/x", "ratio a/tmp/b", "no warning here",
+    "data:image/png;base64," + "/tmp/" * 50
+])
 def test_what_only_looks_like_a_fault(project, harmless):
     change(project, "10_second", lambda cells: cells[3]["outputs"].append(stream(harmless)))
     assert faults(project) == ""
@@ -89,22 +109,29 @@ def test_images_in_the_text(project, markdown, said):
     change(project, "10_second", lambda cells: cells[2]["source"].append("\n\n" + markdown))
     assert said in faults(project)
     change(project, "10_second", lambda cells: cells[2]["source"].append("\n\n`" + "x`"))
-    good = '![A caption.](images/square.png){#fig-x fig-alt="A square."} ![a square](images/square.png) `![](no)` <img alt="a square" src="images/square.png">'
+    good = (
+        '![A caption.](images/square.png){#fig-x fig-alt="A square."} '
+        '![a square](images/square.png) `![](no)` <img alt="a square" src="images/square.png">'
+    )
     change(project, "10_second", lambda cells: cells[2].update(source=[good]))
     assert faults(project) == ""
 
 
 def test_an_empty_fig_alt_is_none(project):
     def empty(cells):
-        cell = next(c for c in cells if "fig-line" in "".join(c["source"]) and c["cell_type"] == "code")
-        cell["source"] = [line if "fig-alt" not in line else '#| fig-alt: ""\n' for line in cell["source"]]
+        cell = next(c for c in cells
+                    if "fig-line" in "".join(c["source"]) and c["cell_type"] == "code")
+        cell["source"] = [
+            line if "fig-alt" not in line else '#| fig-alt: ""\n' for line in cell["source"]
+        ]
 
     change(project, "00_first", empty)
     assert "has a figure without `#| fig-alt`" in faults(project)
 
 
 def test_code_without_any_output(project):
-    change(project, "10_second", lambda cells: [c.update(outputs=[]) for c in cells if c["cell_type"] == "code"])
+    change(project, "10_second",
+           lambda cells: [c.update(outputs=[]) for c in cells if c["cell_type"] == "code"])
     assert "nbs/10_second.ipynb has code and no output at all" in faults(project)
 
 
@@ -114,13 +141,16 @@ def test_a_notebook_that_is_not_clean(project):
 
 
 def test_an_exported_cell_was_changed(project):
-    change(project, "00_first", lambda cells: [c["source"].append("  # changed") for c in cells if "def area" in "".join(c["source"])])
+    change(
+        project, "00_first", lambda cells:
+        [c["source"].append("  # changed") for c in cells if "def area" in "".join(c["source"])])
     assert "mini/shapes.py is not what the notebooks export" in faults(project, export=True)
 
 
 def test_the_package_was_changed_by_hand(project):
     path = project / "mini" / "shapes.py"
-    path.write_text(path.read_text(encoding="utf-8").replace("width * width", "width ** 2"), encoding="utf-8")
+    path.write_text(
+        path.read_text(encoding="utf-8").replace("width * width", "width ** 2"), encoding="utf-8")
     assert "mini/shapes.py is not what the notebooks export" in faults(project, export=True)
 
 
@@ -132,27 +162,36 @@ def test_modules_without_a_notebook_and_notebooks_without_a_module(project):
 
 def test_the_version_is_part_of_the_export(project):
     path = project / "settings.ini"
-    path.write_text(path.read_text(encoding="utf-8").replace("\nversion = ", "\nversion = 9."), encoding="utf-8")
+    path.write_text(
+        path.read_text(encoding="utf-8").replace("\nversion = ", "\nversion = 9."),
+        encoding="utf-8")
     assert "mini/__init__.py is not what the notebooks export" in faults(project, export=True)
 
 
 def test_a_chapter_that_is_not_in_the_sidebar(project):
-    (project / "_quarto.yml").write_text("website:\n  sidebar:\n    contents: [index.ipynb, 00_first.ipynb, 99_gone.ipynb]\n", encoding="utf-8")
+    (project / "_quarto.yml").write_text(
+        "website:\n  sidebar:\n    contents: [index.ipynb, 00_first.ipynb, 99_gone.ipynb]\n",
+        encoding="utf-8")
     said = faults(project)
-    assert "the sidebar lacks 10_second.ipynb" in said and "99_gone.ipynb, which is not in nbs/" in said
+    assert "the sidebar lacks 10_second.ipynb" in said
+    assert "99_gone.ipynb, which is not in nbs/" in said
 
 
 def test_readme_links_work_from_the_root(project):
     text = readme(project / "nbs" / "index.ipynb")
-    assert "![a teal square](nbs/images/square.png)" in text and "(nbs/00_first.ipynb#a-formula)" in text and "[licence](LICENSE)" in text
+    assert "![a teal square](nbs/images/square.png)" in text
+    assert "(nbs/00_first.ipynb#a-formula)" in text and "[licence](LICENSE)" in text
     assert "secret" not in text and "# mini" in text and "> A small book." in text
     assert "```python\n1 + 1\n```" in text
 
 
 def test_readme_refuses_a_figure_that_is_no_file(project):
-    image = {"output_type": "display_data", "metadata": {}, "data": {"image/png": small_project.pixel()}}
+    image = {
+        "output_type": "display_data", "metadata": {}, "data": {"image/png": small_project.pixel()}
+    }
     change(project, "index", lambda cells: cells[3]["outputs"].append(image))
-    with pytest.raises(ValueError, match=r"index.ipynb cell 4 shows an image: README.md needs a file"):
+    with pytest.raises(ValueError,
+                       match=r"index.ipynb cell 4 shows an image: README.md needs a file"):
         readme(project / "nbs" / "index.ipynb")
 
 
@@ -260,4 +299,5 @@ def test_images_of_the_readme_exist():
 
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     targets = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text)
-    assert targets and all((ROOT / target).exists() for target in targets), [t for t in targets if not (ROOT / t).exists()]
+    assert targets and all((ROOT / target).exists()
+                           for target in targets), [t for t in targets if not (ROOT / t).exists()]

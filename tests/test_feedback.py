@@ -1,9 +1,13 @@
-"""The shared idea: taps and edits of named layers, silent splices, the loop, the loss over steps."""
+"""The shared idea: taps and edits of named layers, silent splices, the loop, the loss over
+steps."""
 
 import copy
+import gc
 import io
 import pickle
 import threading
+import warnings
+import weakref
 from itertools import islice
 
 import pytest
@@ -54,7 +58,8 @@ def test_tolerance_halts_each_example_alone_and_only_in_eval_mode():
     model = Affine(rates, steps=300, tol=1e-6)
     assert len(model.train().trajectory(x).outputs) == 301
     together = model.eval().trajectory(x)
-    assert together.converged.all() and len(together.outputs) == int(together.n_steps.max()) + 1 < 301
+    assert together.converged.all() and len(
+        together.outputs) == int(together.n_steps.max()) + 1 < 301
     for i, rate in enumerate(rates):
         alone = Affine([rate], steps=300, tol=1e-6).eval().trajectory(x[i : i + 1])
         assert int(alone.n_steps) == int(together.n_steps[i])
@@ -62,7 +67,8 @@ def test_tolerance_halts_each_example_alone_and_only_in_eval_mode():
     with pytest.warns(NotConverged, match="1 of 3 examples"):
         few = Affine(rates, steps=20).eval().trajectory(x, tol=1e-6)
     assert few.converged.tolist() == [True, True, False]
-    assert len(model.trajectory(x, tol=False).outputs) == 301 and model.trajectory(x, tol=False).converged is None
+    assert len(model.trajectory(x, tol=False).outputs) == 301 and model.trajectory(
+        x, tol=False).converged is None
 
 
 def test_steps_are_checked():
@@ -101,7 +107,8 @@ def test_non_finite_states_name_layer_step_and_example():
     model = Blow()
     x = torch.tensor([[0.0, 1], [2, 3], [1, 1]])
     model.norm.running_mean.fill_(7)
-    with pytest.raises(FloatingPointError, match=r"layer 'second' is not finite at step 2 of 5 \(example 1\)"):
+    with pytest.raises(FloatingPointError,
+                       match=r"layer 'second' is not finite at step 2 of 5 \(example 1\)"):
         model.eval()(x)
     with pytest.raises(FloatingPointError, match=r"input .* not finite \(example 2\)"):
         model(torch.tensor([[0.0, 1], [0, 3], [float("nan"), 1]]))
@@ -113,11 +120,14 @@ def test_non_finite_states_name_layer_step_and_example():
     model2.norm.running_mean.fill_(7)
     model2.check_finite = False
     model2(x)
-    assert_close(before, model2.norm.running_mean)  # the search left the statistics as the pass itself had left them
+    assert_close(
+        before,
+        model2.norm.running_mean)  # the search left the statistics as the pass itself had left them
 
 
 def test_stepwise_loss_by_hand_and_its_errors():
-    trajectory = Affine([0.5], steps=2).trajectory(torch.ones(1, 1, dtype=torch.float64))  # 1, 1.5, 1.75
+    trajectory = Affine([0.5], steps=2).trajectory(torch.ones(1, 1,
+                                                              dtype=torch.float64))  # 1, 1.5, 1.75
     loss = lambda y, target: (y - target).abs().mean()
     target = torch.tensor([[2.0]], dtype=torch.float64)
     assert float(stepwise_loss(trajectory, target, loss)) == pytest.approx((1 + 0.5 + 0.25) / 3)
@@ -140,25 +150,45 @@ def test_a_tolerance_is_a_number_or_false(tol):
         Affine([0.5]).eval().trajectory(torch.ones(1, 1, dtype=torch.float64), tol=tol)
 
 
+def test_a_tolerance_in_train_mode_says_that_it_has_no_effect():
+    x = torch.ones(1, 1, dtype=torch.float64)
+    with pytest.warns(UserWarning, match="train mode"):
+        assert len(Affine([0.1], steps=9).trajectory(x, tol=0.5).outputs) == 10
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Affine([0.1], tol=0.5).trajectory(x)  # the model's own waits for eval mode
+        Affine([0.1], tol=0.5).trajectory(x, tol=False)
+
+
 # The loop is one generator; the map is its step
 
 
 def images(n=4, channels=3, size=8, dtype=torch.float64):
-    return torch.randn(n, channels, size, size, generator=torch.Generator().manual_seed(3), dtype=dtype)
+    return torch.randn(n, channels, size, size, generator=torch.Generator().manual_seed(3),
+                       dtype=dtype)
 
 
 def methods(dtype=torch.float64):
-    """One small model of each method, without batch norm where a map has to be the same in all passes."""
+    """One small model of each method, without batch norm where a map has to be the same in all
+    passes."""
     torch.manual_seed(0)
-    convs = [nn.Conv2d(3, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 4, 3, padding=1), nn.Tanh(), nn.Flatten()]
+    convs = [
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.Tanh(),
+        nn.Conv2d(4, 4, 3, padding=1),
+        nn.Tanh(),
+        nn.Flatten()
+    ]
     plain = lambda: nn.Sequential(*copy.deepcopy(convs), nn.Linear(4 * 64, 5)).to(dtype)
     example = images(1, dtype=dtype)
     return {
         "cbl through": CBL(plain(), ["1", "3"], example=example, alpha=0.3).to(dtype),
-        "cbl literal": CBL(plain(), ["1", "3"], example=example, alpha=0.3, flow="literal").to(dtype),
+        "cbl literal": CBL(plain(), ["1", "3"], example=example, alpha=0.3,
+                           flow="literal").to(dtype),
         "lrm paper": LRM(plain(), [("5", "0"), ("2", "0")], example=example, steps=4),
-        "lrm published": LRM(plain(), [("5", "0")], example=example, steps=4, motif="published", mode="add"),
-        "unet": FeedbackUNet(3, 2, channels=(4, 4), state=4, steps=4, decay=None).to(dtype),
+        "lrm published": LRM(plain(), [("5", "0")], example=example, steps=4, motif="published",
+                             mode="add"), "unet": FeedbackUNet(3, 2, channels=(4, 4), state=4,
+                                                               steps=4, decay=None).to(dtype),
     }
 
 
@@ -175,7 +205,8 @@ def test_trajectory_is_a_slice_of_states_and_iterate_of_the_map_gives_the_same_b
         assert torch.equal(y, wanted) and all(torch.equal(h[k], states[k]) for k in states)
 
 
-@pytest.mark.parametrize("name", ["cbl through", "lrm paper", "lrm published"])  # those that settle at these weights
+@pytest.mark.parametrize(
+    "name", ["cbl through", "lrm paper", "lrm published"])  # those that settle at these weights
 def test_the_gradient_at_the_fixed_point_is_that_of_a_long_unroll(name):
     model, x = methods()[name].train(), images()
     for weight in model.parameters():
@@ -184,8 +215,10 @@ def test_the_gradient_at_the_fixed_point_is_that_of_a_long_unroll(name):
     weights = [p for p in model.parameters() if p.requires_grad]
     phi, start = model.map(x)
     _, y = fixed_point(phi, start, steps=200, tol=1e-12, backward_tol=1e-12)
-    implicit = torch.autograd.grad(nn.functional.cross_entropy(y, target), weights, allow_unused=True)
-    unrolled = torch.autograd.grad(nn.functional.cross_entropy(model(x, steps=120), target), weights, allow_unused=True)
+    implicit = torch.autograd.grad(nn.functional.cross_entropy(y, target), weights,
+                                   allow_unused=True)
+    unrolled = torch.autograd.grad(nn.functional.cross_entropy(model(x, steps=120), target),
+                                   weights, allow_unused=True)
     for a, b in zip(implicit, unrolled, strict=True):
         if b is not None:
             assert_close(torch.zeros_like(b) if a is None else a, b, atol=1e-7, rtol=1e-7)
@@ -199,7 +232,8 @@ def test_residuals_are_those_of_the_undamped_map():
         with torch.no_grad():
             h0, z = path.states[0]["3"], model.context(path.outputs[0])
             undamped = model.adapters["3"](h0, z)
-        assert_close(path.residuals[0], (undamped - h0).flatten(1).norm(dim=1) / h0.flatten(1).norm(dim=1))
+        assert_close(path.residuals[0],
+                     (undamped - h0).flatten(1).norm(dim=1) / h0.flatten(1).norm(dim=1))
     with pytest.warns(NotConverged, match="CBL: 4 of 4 examples missed"):  # 99 % of the way is left
         assert not model.trajectory(x, steps=1, tol=1e-3).converged.any()
 
@@ -211,7 +245,8 @@ def test_a_decayed_loop_that_stopped_listening_is_not_converged():
         path = model.trajectory(x, tol=1e-3, states=True)
     moved = path.states[-1]["u"] - path.states[-2]["u"]
     assert moved.abs().max() < 1e-9 and not path.converged.any()
-    assert path.residuals[0].isinf().all() and (path.residuals[-1] > 1e-2).all()  # it starts from nothing
+    assert path.residuals[0].isinf().all() and (path.residuals[-1]
+                                                > 1e-2).all()  # it starts from nothing
 
 
 # Statistics of batch norm belong to a pass
@@ -219,7 +254,8 @@ def test_a_decayed_loop_that_stopped_listening_is_not_converged():
 
 def normed(steps=2, **options):
     torch.manual_seed(0)
-    return CBL(cnn(3, 5, width=4, hidden=8), ["stage2", "stage4"], example=images(1, dtype=torch.float32), steps=steps, **options)
+    return CBL(cnn(3, 5, width=4, hidden=8), ["stage2", "stage4"],
+               example=images(1, dtype=torch.float32), steps=steps, **options)
 
 
 def photos(n=8):
@@ -232,9 +268,11 @@ def test_every_pass_moves_its_own_statistics_and_the_network_alone_those_of_pass
     model(x)
     twin.train()(x)
     layer = model.net.stage3[1]
-    assert torch.equal(layer.running_mean, twin.stage3[1].running_mean) and layer.num_batches_tracked == 1
+    assert torch.equal(layer.running_mean,
+                       twin.stage3[1].running_mean) and layer.num_batches_tracked == 1
     sets = [model.statistics.of("net/stage3/1", t)[0] for t in range(4)]
-    assert not torch.equal(sets[0], sets[1]) and not torch.equal(sets[1], sets[2]) and sets[2] is sets[3]
+    assert not torch.equal(sets[0], sets[1]) and not torch.equal(sets[1],
+                                                                 sets[2]) and sets[2] is sets[3]
     assert [int(model.statistics.of("net/stage3/1", t)[2]) for t in range(3)] == [1, 1, 1]
     shared = normed().train()
     shared.statistics.shared = True
@@ -245,17 +283,24 @@ def test_every_pass_moves_its_own_statistics_and_the_network_alone_those_of_pass
 def test_in_train_mode_a_pass_is_what_it_was_and_in_eval_mode_it_has_its_own_set():
     model, x = normed().train(), photos(64)
     for adapter in model.adapters.values():
-        adapter.gate.bias.data += 3 * torch.randn(adapter.gate.bias.shape, generator=torch.Generator().manual_seed(0))
+        adapter.gate.bias.data += 3 * torch.randn(adapter.gate.bias.shape,
+                                                  generator=torch.Generator().manual_seed(0))
     apart = copy.deepcopy(model)
     apart.statistics.shared = True
     with torch.no_grad():
         wanted, same = model.trajectory(x).outputs, apart.trajectory(x).outputs
-        assert all(torch.equal(a, b) for a, b in zip(wanted, same, strict=True))  # batches normalise themselves
-        for norm in [m for net in (model, apart) for m in net.modules() if isinstance(m, nn.BatchNorm2d)]:
+        assert all(torch.equal(a, b)
+                   for a, b in zip(wanted, same, strict=True))  # batches normalise themselves
+        for norm in [
+                m for net in (model, apart) for m in net.modules() if isinstance(m, nn.BatchNorm2d)
+        ]:
             norm.momentum = 0.5
         for _ in range(20):
             model(x), apart(x)
-        far = [torch.stack([a - b for a, b in zip(m.eval().trajectory(x).outputs, wanted)]).norm() for m in (model, apart)]
+        far = [
+            torch.stack([a - b for a, b in zip(m.eval().trajectory(x).outputs, wanted)]).norm()
+            for m in (model, apart)
+        ]
     assert far[0] < 0.2 * far[1]
 
 
@@ -272,14 +317,20 @@ def test_old_state_dicts_plain_state_dicts_and_other_numbers_of_passes_load():
     plain = cnn(3, 5, width=4, hidden=8).train()
     plain(x)
     new.net.load_state_dict(plain.state_dict())
-    assert all(torch.equal(new.statistics.of("net/stage3/1", t)[0], plain.stage3[1].running_mean) for t in range(3))
+    assert all(
+        torch.equal(new.statistics.of("net/stage3/1", t)[0], plain.stage3[1].running_mean)
+        for t in range(3))
     longer = normed(steps=4)
     longer.load_state_dict(model.state_dict())
     for t, wanted in {1: 1, 2: 2, 3: 2, 4: 2}.items():
-        assert torch.equal(longer.statistics.of("net/stage3/1", t)[0], model.statistics.of("net/stage3/1", wanted)[0])
+        assert torch.equal(
+            longer.statistics.of("net/stage3/1", t)[0],
+            model.statistics.of("net/stage3/1", wanted)[0])
     shorter = normed(steps=1)
     shorter.load_state_dict(longer.state_dict())
-    assert torch.equal(shorter.statistics.of("net/stage3/1", 1)[0], model.statistics.of("net/stage3/1", 1)[0])
+    assert torch.equal(
+        shorter.statistics.of("net/stage3/1", 1)[0],
+        model.statistics.of("net/stage3/1", 1)[0])
 
 
 def test_statistics_of_copies_pickles_threads_and_compiled_models():
@@ -290,7 +341,8 @@ def test_statistics_of_copies_pickles_threads_and_compiled_models():
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)):
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)),
+                 torch.load(file, weights_only=False)):
         assert torch.equal(twin(x), wanted)
         twin.train()(x)
         assert torch.equal(model(x), wanted)
@@ -305,7 +357,8 @@ def test_statistics_of_copies_pickles_threads_and_compiled_models():
     [thread.join() for thread in threads]
     assert all(torch.equal(y, wanted) for y in found)
     torch._dynamo.reset()
-    assert_close(torch.compile(model, fullgraph=True, backend="eager")(x), wanted, atol=1e-6, rtol=1e-5)
+    assert_close(
+        torch.compile(model, fullgraph=True, backend="eager")(x), wanted, atol=1e-6, rtol=1e-5)
 
 
 def test_recalibration_is_per_pass_and_puts_everything_back_when_it_fails():
@@ -324,7 +377,8 @@ def test_recalibration_is_per_pass_and_puts_everything_back_when_it_fails():
 
 def test_another_kind_of_norm_and_recomputed_steps_count_once():
     torch.manual_seed(0)
-    body = lambda: nn.Sequential(nn.Conv2d(5, 6, 3, padding=1), nn.InstanceNorm2d(6, track_running_stats=True), nn.BatchNorm2d(6))
+    body = lambda: nn.Sequential(nn.Conv2d(5, 6, 3, padding=1),
+                                 nn.InstanceNorm2d(6, track_running_stats=True), nn.BatchNorm2d(6))
     from feedback_nb.unet import FeedbackLoop
 
     full = FeedbackLoop(body(), nn.Conv2d(4, 2, 1), state=4, feedback=2, steps=3).train()
@@ -346,5 +400,25 @@ def test_a_module_assigned_later_leaves_the_trained_statistics_alone():
     model.context = copy.deepcopy(model.context)
     model.extra = nn.Sequential(nn.BatchNorm1d(3))
     model.net = model.net
-    assert all(torch.equal(model.statistics.state_dict()[name], value) for name, value in before.items())
+    assert all(
+        torch.equal(model.statistics.state_dict()[name], value) for name, value in before.items())
     assert "extra/0" in model.statistics.layers
+
+
+def test_many_wraps_of_a_network_leave_one_hook_a_layer_and_keep_no_model_alive():
+    net, x = cnn(3, 5, width=4, hidden=8), photos()
+    wrap = lambda: CBL(net, ["stage2"], example=x[:1], steps=1)
+    kept, gone = wrap(), [weakref.ref(wrap().statistics) for _ in range(3)]
+    gc.collect()
+    norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert all(len(norm._load_state_dict_post_hooks) == 1 for norm in norms)
+    assert not any(statistics() for statistics in gone)
+    wrap()
+    assert all(len(norm.forward.users) <= 2 for norm in norms)  # `kept`, and the last one
+    net.load_state_dict(cnn(3, 5, width=4, hidden=8).state_dict())
+    for model in (kept, copy.deepcopy(kept), pickle.loads(pickle.dumps(kept))):
+        plain = copy.deepcopy(model.net).train()
+        plain(x)
+        model.net.load_state_dict(plain.state_dict())
+        mean = model.net.stage3[1].running_mean
+        assert torch.equal(model.statistics.of("net/stage3/1", 1)[0], mean) and mean.any()

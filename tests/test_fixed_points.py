@@ -1,4 +1,4 @@
-"Fixed points: Banach's bounds, halting per example, Anderson, local Lipschitz constants, implicit gradients."
+"""Banach's bounds, halting per example, Anderson, Lipschitz constants, implicit gradients."""
 
 import copy
 import gc
@@ -33,7 +33,8 @@ few = settings(max_examples=30, deadline=None)
 
 
 def normal(*shape, seed=0, dtype=F64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed),
+                       dtype=torch.float64).to(dtype)
 
 
 def matrix(n, norm, seed=0, dtype=F64):
@@ -50,14 +51,17 @@ def no_warnings():
         yield
 
 
-# --- Banach ---------------------------------------------------------------------------------------------------------
+# --- Banach ---------------------------------------------------------------------------------------
+# ------------------
 
 
 @few
-@given(seeds, st.integers(1, 6), st.floats(0, 0.97), st.floats(0.01, 100), st.sampled_from(["affine", "tanh"]))
+@given(seeds, st.integers(1, 6), st.floats(0, 0.97), st.floats(0.01, 100),
+       st.sampled_from(["affine", "tanh"]))
 def test_both_bounds_hold_for_random_contractions_and_starts(seed, n, q, spread, kind):
     A, b = matrix(n, q, seed), normal(n, seed=seed + 1)
-    f = (lambda h: h @ A.T + b) if kind == "affine" else (lambda h: q * torch.tanh(h @ (A.T / q if q else A.T) + b))
+    f = (lambda h: h @ A.T + b) if kind == "affine" else (
+        lambda h: q * torch.tanh(h @ (A.T / q if q else A.T) + b))
     h0 = spread * normal(4, n, seed=seed + 2)
     star = iterate(f, h0, steps=int(40 / -math.log(q)) + 2 if q > 1e-9 else 3, keep="last").output
     path = iterate(f, h0, steps=20)
@@ -67,15 +71,18 @@ def test_both_bounds_hold_for_random_contractions_and_starts(seed, n, q, spread,
     a_priori, after = banach_bounds(q, lengths[0], 20), a_posteriori(q, lengths)
     assert (errors <= a_priori + slack).all()
     assert (errors[1:] <= after + slack).all()
-    assert (after <= a_priori[1:] + slack).all()  # the bound that looks is never worse than the one that plans
+    assert (after <= a_priori[1:] +
+            slack).all()  # the bound that looks is never worse than the one that plans
 
 
 def test_bounds_by_hand_and_their_shapes():
     assert_close(banach_bounds(0.5, 0.5, 3), torch.tensor([1, 0.5, 0.25, 0.125], dtype=F64))
-    assert_close(banach_bounds(0.0, 2.0, 2), torch.tensor([2.0, 0.0, 0.0], dtype=F64))  # f is constant: one step
+    assert_close(banach_bounds(0.0, 2.0, 2), torch.tensor([2.0, 0.0, 0.0],
+                                                          dtype=F64))  # f is constant: one step
     assert a_posteriori(0.75, 2.0) == 6.0
     steps = torch.tensor([1.0, 2.0])
-    assert banach_bounds(0.5, steps, 4).shape == (5, 2) and banach_bounds(0.5, steps, 4).dtype == torch.float32
+    assert banach_bounds(0.5, steps, 4).shape == (5, 2) and banach_bounds(0.5, steps,
+                                                                          4).dtype == torch.float32
     assert banach_bounds(torch.tensor([0.1, 0.2]), 1.0, 0).shape == (1, 2)
     assert_close(banach_bounds(0.5, steps, 4)[:, 1], banach_bounds(0.5, steps[1], 4))
 
@@ -97,7 +104,9 @@ def test_bounds_refuse_negative_lengths():
         banach_bounds(0.5, math.nan, 2)
 
 
-# --- the residual ---------------------------------------------------------------------------------------------------
+# --- the residual
+# --------------------------------------------------------------------------------------------------
+# -
 
 
 @few
@@ -114,13 +123,17 @@ def test_the_residual_is_the_ratio_of_two_norms_and_has_no_unit(seed, batch, uni
 def test_the_residual_of_blank_still_and_broken_states():
     change = torch.tensor([[0.0], [1.0], [math.nan], [math.inf], [1.0], [1e-30]])
     h = torch.tensor([[0.0], [0.0], [1.0], [1.0], [math.inf], [1e-30]])
-    assert_close(relative_residual(change, h), torch.tensor([0, math.inf, math.nan, math.nan, math.nan, 1.0]), equal_nan=True)
+    assert_close(relative_residual(change, h),
+                 torch.tensor([0, math.inf, math.nan, math.nan, math.nan, 1.0]), equal_nan=True)
     assert relative_residual(torch.zeros(0, 3), torch.zeros(0, 3)).shape == (0,)
     half = torch.full((1, 300), 200.0, dtype=torch.float16)  # its squares overflow
-    assert relative_residual(half, half).dtype == torch.float32 and relative_residual(half, half) == 1
-    state = {"h": torch.ones(2, 1), "clock": torch.tensor([3, 4]), "name": "x"}  # what is no float does not count
+    assert relative_residual(half, half).dtype == torch.float32 and relative_residual(half,
+                                                                                      half) == 1
+    state = {"h": torch.ones(2, 1), "clock": torch.tensor([3, 4]),
+             "name": "x"}  # what is no float does not count
     assert_close(relative_residual(state, state), torch.ones(2))
-    assert not relative_residual(torch.ones(2, 1, requires_grad=True), torch.ones(2, 1)).requires_grad
+    assert not relative_residual(torch.ones(2, 1, requires_grad=True), torch.ones(2,
+                                                                                  1)).requires_grad
     spiral = torch.tensor([[1 + 1j]])
     assert_close(relative_residual(spiral, 2 * spiral), torch.tensor([0.5]))
 
@@ -135,15 +148,18 @@ def test_row_t_belongs_to_state_t_and_takes_t_plus_one_evaluations(seed, solver,
     assert len(seen) == 12 + (solver == "anderson")
     for t, (h, row) in enumerate(zip(path.outputs[:-1], path.residuals, strict=True)):
         assert_close(row, (f(h) - h).norm(dim=1) / h.norm(dim=1))
-        measured = torch.stack(seen[: t + 1])  # each example's state is among those that f was evaluated at
+        measured = torch.stack(
+            seen[:t + 1])  # each example's state is among those that f was evaluated at
         assert all((measured[:, i] == h[i]).all(1).any() for i in range(3))
 
 
 @pytest.mark.parametrize("solver", ["picard", "anderson"])
 def test_the_tolerance_has_no_unit(solver):
     W, b = matrix(5, 0.9), normal(5, seed=1)
-    runs = [iterate(lambda h, c=c: c * torch.tanh(h / c @ W + b), torch.zeros(2, 5, dtype=F64), steps=300, tol=1e-6, solver=solver)
-            for c in (1.0, 1024.0)]
+    runs = [
+        iterate(lambda h, c=c: c * torch.tanh(h / c @ W + b), torch.zeros(2, 5, dtype=F64),
+                steps=300, tol=1e-6, solver=solver) for c in (1.0, 1024.0)
+    ]
     assert runs[0].converged.all() and runs[0].n_steps.tolist() == runs[1].n_steps.tolist()
     assert_close(1024 * runs[0].output, runs[1].output)
     assert_close(runs[0].residuals, runs[1].residuals)
@@ -157,7 +173,8 @@ def test_converged_is_what_the_last_row_says(solver):
     f = lambda h: (calls.append(1), torch.tanh(h @ W + b))[1]
     path = iterate(f, normal(4, 5, seed=2), steps=300, tol=1e-8, solver=solver)
     assert path.converged.all() and (path.residuals[-1] <= 1e-8).all()
-    assert len(calls) == path.steps == len(path.residuals)  # when all have halted, no evaluation more
+    assert len(calls) == path.steps == len(
+        path.residuals)  # when all have halted, no evaluation more
     assert path.n_steps.tolist() == [int((row > 1e-8).sum()) + 1 for row in path.residuals.T]
 
 
@@ -173,36 +190,46 @@ def test_no_tolerance_can_be_said_in_two_ways():
     for none in (None, False):
         path = iterate(lambda h: h + 1, torch.zeros(1), steps=3, tol=none)
         assert path.converged is None and path.steps == 3
-        assert_close(fixed_point(lambda h: h / 2, torch.ones(1), steps=3, tol=none, solver="picard"), torch.tensor([0.125]))
+        assert_close(
+            fixed_point(lambda h: h / 2, torch.ones(1), steps=3, tol=none, solver="picard"),
+            torch.tensor([0.125]))
     assert iterate(torch.cos, torch.ones(1), steps=np.int64(3)).steps == 3
-    assert iterate(torch.cos, torch.ones(1), steps=np.int32(3), memory=np.int8(2), solver="anderson").steps == 3
+    assert iterate(torch.cos, torch.ones(1), steps=np.int32(3), memory=np.int8(2),
+                   solver="anderson").steps == 3
 
 
-# --- plain iteration ------------------------------------------------------------------------------------------------
+# --- plain iteration
+# ------------------------------------------------------------------------------------------------
 
 
 def test_outputs_and_residuals_are_the_loop_written_out():
     h = normal(3, 2)
     path = iterate(torch.cos, h, steps=4)
-    assert path.outputs[0] is h and path.steps == 4 and path.output is path.outputs[-1] and path.converged is None
+    assert path.outputs[0] is h and path.steps == 4 and path.output is path.outputs[
+        -1] and path.converged is None
     for t in range(4):
         assert_close(path.outputs[t + 1], path.outputs[t].cos(), rtol=0, atol=0)
-        assert_close(path.residuals[t], (path.outputs[t].cos() - path.outputs[t]).norm(dim=1) / path.outputs[t].norm(dim=1))
+        assert_close(
+            path.residuals[t],
+            (path.outputs[t].cos() - path.outputs[t]).norm(dim=1) / path.outputs[t].norm(dim=1))
     assert path.residuals.shape == (4, 3) and path.n_steps.tolist() == [4, 4, 4]
 
 
 def test_no_steps_is_the_start():
     h = torch.ones(3, 2)
     path = iterate(torch.cos, h, steps=0)
-    assert path.output is h and path.steps == 0 and path.residuals.shape == (0, 3) and path.n_steps.tolist() == [0] * 3
+    assert path.output is h and path.steps == 0 and path.residuals.shape == (
+        0, 3) and path.n_steps.tolist() == [0] * 3
     with pytest.warns(NotConverged, match="3 of 3 .*after 0 steps"):
         assert not iterate(torch.cos, h, steps=0, tol=1e-3).converged.any()
 
 
 def test_keeping_the_last_state_changes_nothing_else():
-    every, last = (iterate(torch.cos, normal(3, 2), steps=30, tol=1e-3, keep=k) for k in ("all", "last"))
+    every, last = (iterate(torch.cos, normal(3, 2), steps=30, tol=1e-3, keep=k)
+                   for k in ("all", "last"))
     assert len(last.outputs) == 2 and last.steps == every.steps
-    assert_close((last.output, last.residuals, last.n_steps), (every.output, every.residuals, every.n_steps))
+    assert_close((last.output, last.residuals, last.n_steps),
+                 (every.output, every.residuals, every.n_steps))
 
 
 @few
@@ -213,7 +240,8 @@ def test_an_example_does_not_feel_its_neighbours(seed, solver, damping):
 
     def run(i):  # sums, not matmul: that may round otherwise for another batch size
         f = lambda h: torch.tanh((h[:, None, :] * W).sum(2) + x[i])
-        return iterate(f, (scale * normal(3, 4, seed=seed + 2))[i], steps=300, tol=1e-8, solver=solver, damping=damping)
+        return iterate(f, (scale * normal(3, 4, seed=seed + 2))[i], steps=300, tol=1e-8,
+                       solver=solver, damping=damping)
 
     together = run(slice(None))
     assert together.converged.all()
@@ -225,9 +253,11 @@ def test_an_example_does_not_feel_its_neighbours(seed, solver, damping):
 
 
 def test_an_example_that_has_halted_stands_still_and_the_loop_ends_with_the_last():
-    path = iterate(lambda h: (h - 1) / 2 + 1, torch.tensor([[2.0], [1.001]], dtype=F64), steps=100, tol=1e-4)
+    path = iterate(lambda h: (h - 1) / 2 + 1, torch.tensor([[2.0], [1.001]], dtype=F64), steps=100,
+                   tol=1e-4)
     slow, quick = path.n_steps.tolist()
-    # residual of h_t is 2^-(t+1)·(h_0 - 1) over about 1: 2^-14 < 1e-4 at t = 13, and 2^-4·1e-3 < 1e-4 at t = 3
+    # residual of h_t is 2^-(t+1)·(h_0 - 1) over about 1: 2^-14 < 1e-4 at t = 13, and 2^-4·1e-3 <
+    # 1e-4 at t = 3
     assert (slow, quick) == (14, 4) and path.steps == 14 and path.converged.all()
     assert all(torch.equal(h[1], path.outputs[4][1]) for h in path.outputs[4:])
     assert torch.equal(path.residuals[3:, 1], path.residuals[3, 1].expand(11))
@@ -236,14 +266,17 @@ def test_an_example_that_has_halted_stands_still_and_the_loop_ends_with_the_last
 def test_damping_cannot_fake_convergence():
     with pytest.warns(NotConverged):
         path = iterate(lambda h: h + 1, torch.ones(1, 1), steps=10, tol=1e-2, damping=0.999)
-    assert_close(path.residuals, 1 / torch.stack(path.outputs[:-1])[:, :, 0])  # of the whole step, 1, not of 0.001
+    assert_close(path.residuals,
+                 1 / torch.stack(path.outputs[:-1])[:, :, 0])  # of the whole step, 1, not of 0.001
 
 
 def test_a_state_that_turns_on_a_circle_is_not_converged():
     turn = torch.tensor([[0.0, -1.0], [1.0, 0.0]])
     with pytest.warns(NotConverged):  # the norm never changes, the state always does
-        assert not iterate(lambda h: h @ turn.T, torch.tensor([[1.0, 0.0]]), steps=20, tol=1e-3).converged.any()
-    damped = iterate(lambda h: h @ turn.T, torch.tensor([[1.0, 0.0]], dtype=F64).float(), steps=40, damping=0.5)
+        assert not iterate(lambda h: h @ turn.T, torch.tensor([[1.0, 0.0]]), steps=20,
+                           tol=1e-3).converged.any()
+    damped = iterate(lambda h: h @ turn.T,
+                     torch.tensor([[1.0, 0.0]], dtype=F64).float(), steps=40, damping=0.5)
     assert_close(damped.output.norm(), torch.tensor(0.5**20))
 
 
@@ -267,7 +300,8 @@ def test_pytree_and_one_tensor_are_the_same_iteration():
     h0 = normal(5, 6, seed=1)
     tree0 = {"a": h0[:, :2], "b": [h0[:, 2:].reshape(-1, 2, 2)]}
     for solver in ("picard", "anderson"):
-        one, tree = (iterate(m, h, steps=40, tol=1e-8, solver=solver) for m, h in ((f, h0), (g, tree0)))
+        one, tree = (iterate(m, h, steps=40, tol=1e-8, solver=solver)
+                     for m, h in ((f, h0), (g, tree0)))
         assert_close(one.residuals, tree.residuals)
         assert_close(one.output[:, 2:], tree.output["b"][0].flatten(1))
         assert one.n_steps.tolist() == tree.n_steps.tolist()
@@ -279,7 +313,8 @@ def test_what_counts_as_one_example():
     assert iterate(torch.cos, torch.ones(4), steps=3, batched=True).residuals.shape == (3, 4)
     assert iterate(torch.cos, torch.ones(4, 2), steps=3).residuals.shape == (3, 4)
     assert iterate(torch.cos, torch.ones(4, 2), steps=3, batched=False).residuals.shape == (3,)
-    assert iterate(lambda s: s, (torch.ones(4, 2), torch.ones(4)), steps=3).residuals.shape == (3, 4)
+    assert iterate(lambda s: s, (torch.ones(4, 2), torch.ones(4)),
+                   steps=3).residuals.shape == (3, 4)
     assert iterate(torch.cos, torch.ones(0, 2), steps=3, tol=1e-3).residuals.shape[1] == 0
     with pytest.raises(ValueError, match="dimension 0.*batched=False"):
         iterate(lambda s: s, (torch.ones(4, 2), torch.ones(3)), steps=3)
@@ -292,8 +327,10 @@ def test_what_counts_as_one_example():
 def test_the_dtype_of_the_state_is_kept(dtype, solver):
     W = matrix(4, 0.5, dtype=dtype)
     tol = 16 * torch.finfo(dtype).eps
-    path = iterate(lambda h: h @ W + 1, torch.zeros(3, 4, dtype=dtype), steps=50, tol=tol, solver=solver)
-    assert path.output.dtype == dtype and path.residuals.dtype == torch.promote_types(dtype, torch.float32)
+    path = iterate(lambda h: h @ W + 1, torch.zeros(3, 4, dtype=dtype), steps=50, tol=tol,
+                   solver=solver)
+    assert path.output.dtype == dtype and path.residuals.dtype == torch.promote_types(
+        dtype, torch.float32)
     exact = torch.linalg.solve((torch.eye(4, dtype=F64) - W.double()).T, torch.ones(4, dtype=F64))
     assert_close(path.output.double(), exact.expand(3, 4), rtol=0, atol=40 * torch.finfo(dtype).eps)
 
@@ -303,7 +340,8 @@ def test_autograd_sees_every_plain_step():
     h = iterate(lambda h: theta * h + 1, torch.zeros(1, dtype=F64), steps=3).output  # θ² + θ + 1
     assert_close(torch.autograd.grad(h.sum(), theta)[0], torch.tensor(2.0, dtype=F64))
     path = iterate(lambda h: theta * h + 1, torch.zeros(1, dtype=F64), steps=3, solver="anderson")
-    assert not path.output.requires_grad and not path.residuals.requires_grad  # no wrong gradient, none
+    # no wrong gradient, none
+    assert not path.output.requires_grad and not path.residuals.requires_grad
 
 
 def test_nothing_global_is_touched_and_a_trajectory_travels():
@@ -320,10 +358,12 @@ def test_nothing_global_is_touched_and_a_trajectory_travels():
 def test_it_runs_in_inference_mode():
     with torch.inference_mode():
         for solver in ("picard", "anderson"):
-            assert iterate(torch.cos, torch.ones(2, 1), steps=60, tol=1e-3, solver=solver).converged.all()
+            assert iterate(torch.cos, torch.ones(2, 1), steps=60, tol=1e-3,
+                           solver=solver).converged.all()
 
 
-# --- Anderson -------------------------------------------------------------------------------------------------------
+# --- Anderson -------------------------------------------------------------------------------------
+# ------------------
 
 
 @settings(max_examples=150, deadline=None)
@@ -340,14 +380,17 @@ def test_anderson_ends_on_a_linear_map_in_dimension_plus_one_steps(seed, d, norm
 def test_anderson_is_not_exact_where_gmres_stagnates():
     M, c = torch.tensor([[1.0, -1.0], [1.0, 1.0]], dtype=F64), torch.tensor([1.0, 0.0], dtype=F64)
     exact = torch.linalg.solve(torch.eye(2, dtype=F64) - M, c)
-    run = lambda **options: iterate(lambda h: M @ h + c, torch.zeros(2, dtype=F64), steps=3, solver="anderson", memory=2, **options)
-    assert_close((run().output - exact).norm(), torch.tensor(1.0, dtype=F64))  # d + 1 steps, and as far as at the start
+    run = lambda **options: iterate(lambda h: M @ h + c, torch.zeros(2, dtype=F64), steps=3, solver=
+                                    "anderson", memory=2, **options)
+    assert_close((run().output - exact).norm(),
+                 torch.tensor(1.0, dtype=F64))  # d + 1 steps, and as far as at the start
     assert_close(run(damping=0.1).output, exact)
 
 
 def test_anderson_on_a_line_is_the_secant_method():
     for slope in (-3.0, -1.1, -0.9, 0.5, 2.0):  # slopes that repel as well
-        path = iterate(lambda h, s=slope: 1 + s * (h - 1), torch.full((1,), 0.3, dtype=F64), steps=2, solver="anderson")
+        path = iterate(lambda h, s=slope: 1 + s * (h - 1), torch.full((1, ), 0.3, dtype=F64),
+                       steps=2, solver="anderson")
         assert_close(path.output, torch.ones(1, dtype=F64))
 
 
@@ -357,19 +400,20 @@ def test_anderson_goes_on_from_the_best_state_to_the_best_state(seed, memory, ga
     W, b = matrix(8, gain, seed), normal(8, seed=seed + 1)
     f = lambda h: torch.tanh(h @ W + b)
     count = []
-    path = iterate(lambda h: (count.append(1), f(h))[1], normal(3, 8, seed=seed + 2), steps=25, solver="anderson",
-                   memory=memory)
+    path = iterate(lambda h: (count.append(1), f(h))[1], normal(3, 8, seed=seed + 2), steps=25,
+                   solver="anderson", memory=memory)
     assert len(count) == 26  # one evaluation more than steps
     lengths = torch.stack([(f(h) - h).norm(dim=1) for h in path.outputs])
-    assert (lengths[1:] <= lengths[:-1]).all()  # the shortest step is the best, also after the last evaluation
+    assert (lengths[1:]
+            <= lengths[:-1]).all()  # the shortest step is the best, also after the last evaluation
     assert_close(path.residuals, lengths[:-1] / torch.stack(path.outputs[:-1]).norm(dim=2))
 
 
 def test_anderson_beats_plain_iteration_where_that_is_slow():
     A, b = matrix(30, 1.0, 3), normal(30, seed=4)
     A = 0.999 * (A + A.T) / torch.linalg.matrix_norm(A + A.T, 2)
-    plain, mixed = (iterate(lambda h: h @ A + b, torch.zeros(2, 30, dtype=F64), steps=60, solver=s, memory=10)
-                    for s in ("picard", "anderson"))
+    plain, mixed = (iterate(lambda h: h @ A + b, torch.zeros(2, 30, dtype=F64), steps=60, solver=s,
+                            memory=10) for s in ("picard", "anderson"))
     assert (mixed.residuals[-1] < 1e-2 * plain.residuals[-1]).all()
 
 
@@ -381,15 +425,16 @@ def test_anderson_survives_a_map_that_fails_at_a_mixed_state():
         new = torch.cos(h)
         return torch.where(torch.tensor([[len(calls) == 3], [False]]), torch.nan, new)
 
-    path = iterate(f, torch.tensor([[0.1], [0.2]], dtype=F64), steps=40, tol=1e-10, solver="anderson")
+    path = iterate(f, torch.tensor([[0.1], [0.2]], dtype=F64), steps=40, tol=1e-10,
+                   solver="anderson")
     assert path.converged.all()
     assert_close(path.output, torch.full((2, 1), 0.7390851332151607, dtype=F64))
 
 
 def test_anderson_with_damping_finds_the_same_point():
     W = matrix(5, 0.9)
-    a, b = (iterate(lambda h: torch.tanh(h @ W + 1), torch.zeros(2, 5, dtype=F64), steps=60, tol=1e-11, solver="anderson",
-                    damping=d).output for d in (0.0, 0.4))
+    a, b = (iterate(lambda h: torch.tanh(h @ W + 1), torch.zeros(2, 5, dtype=F64), steps=60,
+                    tol=1e-11, solver="anderson", damping=d).output for d in (0.0, 0.4))
     assert_close(a, b)
 
 
@@ -398,7 +443,8 @@ def test_the_first_anderson_step_is_the_damped_plain_one():
                     for solver in ("picard", "anderson"))
     assert_close(mixed.output, plain.output)
     # the second mixes: a damped step from where the secant crosses zero
-    path = iterate(lambda h: h**2 / 4 + 0.5, torch.tensor([[0.1]], dtype=F64), steps=2, damping=0.5, solver="anderson")
+    path = iterate(lambda h: h**2 / 4 + 0.5, torch.tensor([[0.1]], dtype=F64), steps=2, damping=0.5,
+                   solver="anderson")
     x0, x1, x2 = path.outputs
     f0, f1 = x0**2 / 4 + 0.5, x1**2 / 4 + 0.5
     gamma = (f1 - x1) / ((f1 - x1) - (f0 - x0))
@@ -408,10 +454,12 @@ def test_the_first_anderson_step_is_the_damped_plain_one():
 def test_anderson_does_nothing_wrong_at_a_fixed_point():
     for h in (torch.zeros(2, 3), torch.ones(2, 3)):
         path = iterate(lambda s: s * 1, h, steps=10, tol=1e-6, solver="anderson")
-        assert path.converged.all() and path.n_steps.tolist() == [1, 1] and torch.equal(path.output, h)
+        assert path.converged.all() and path.n_steps.tolist() == [1, 1] and torch.equal(
+            path.output, h)
 
 
-# --- errors and warnings --------------------------------------------------------------------------------------------
+# --- errors and warnings
+# --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -429,10 +477,10 @@ def test_anderson_does_nothing_wrong_at_a_fixed_point():
         ({"damping": 1.0}, r"damping.*\[0, 1\)"),
         ({"damping": -0.1}, r"damping.*-0.1"),
         ({"damping": math.nan}, r"damping.*nan"),
-        ({"solver": "andersen"}, "solver.*'picard'.*'anderson'.*'andersen'"),
+        ({"solver": "andersen"}, "'andersen'.*solver.*picard, anderson"),
         ({"memory": 0}, "memory.*0"),
         ({"memory": False}, "memory.*False"),
-        ({"keep": "none"}, "keep.*'all'.*'last'.*'none'"),
+        ({"keep": "none"}, "'none'.*keep.*all, last"),
     ],
 )
 def test_options_out_of_range_are_named(options, says):
@@ -466,7 +514,8 @@ def test_a_map_that_does_not_give_the_state_back_is_named(f, says, solver):
         iterate(f, torch.ones(2, 2), solver=solver)
 
 
-@pytest.mark.parametrize("h0", [torch.ones(2, dtype=torch.int64), {"a": torch.ones(2), "b": 3.0}, {}, None])
+@pytest.mark.parametrize(
+    "h0", [torch.ones(2, dtype=torch.int64), {"a": torch.ones(2), "b": 3.0}, {}, None])
 def test_a_state_must_be_tensors_of_numbers(h0):
     with pytest.raises(ValueError, match="state.*tensors"):
         iterate(lambda h: h, h0)
@@ -479,26 +528,32 @@ def test_a_state_that_is_not_finite_is_named_with_its_step_and_example(solver, t
     with pytest.raises(FloatingPointError, match="iterate: example 1 not finite after step 1"):
         iterate(torch.sqrt, h0, steps=5, tol=tol, solver=solver)
     with pytest.raises(FloatingPointError, match="example 2 not finite after step 0"):
-        iterate(torch.cos, torch.tensor([[0.5], [1.0], [math.nan]]), steps=5, tol=tol, solver=solver)
+        iterate(torch.cos, torch.tensor([[0.5], [1.0], [math.nan]]), steps=5, tol=tol,
+                solver=solver)
 
 
 def test_divergence_says_when():
-    with pytest.raises(FloatingPointError, match=r"after step 10\."):  # h0^(2^10) is the first power of two above 2^1023
+    with pytest.raises(
+            FloatingPointError,
+            match=r"after step 10\."):  # h0^(2^10) is the first power of two above 2^1023
         iterate(lambda h: h**2, torch.tensor(2.0, dtype=F64), steps=50)
     with pytest.raises(FloatingPointError, match="0, 1, 2, 3, 4 "):
         iterate(lambda h: h**2, torch.full((10, 1), 2.0, dtype=F64), steps=50)
 
 
 def test_the_warning_says_how_many_how_far_and_what_to_do():
-    with pytest.warns(NotConverged, match="iterate: 1 of 2 .*tol=0.001.* 0.0152.*5 steps.*anderson"):
-        path = iterate(lambda h: (h - 1) / 2 + 1, torch.tensor([[1.001], [1.5]], dtype=F64), steps=5, tol=1e-3)
+    with pytest.warns(NotConverged,
+                      match="iterate: 1 of 2 .*tol=0.001.* 0.0152.*5 steps.*anderson"):
+        path = iterate(lambda h: (h - 1) / 2 + 1, torch.tensor([[1.001], [1.5]], dtype=F64),
+                       steps=5, tol=1e-3)
     assert path.converged.tolist() == [True, False]
     with pytest.warns(NotConverged, match="1 of 1 "):
         iterate(lambda h: h / 2, torch.ones(1), steps=5, tol=1e-3)
     assert issubclass(NotConverged, UserWarning)
 
 
-# --- local Lipschitz constant ---------------------------------------------------------------------------------------
+# --- local Lipschitz constant
+# ---------------------------------------------------------------------------------------
 
 
 @few
@@ -521,7 +576,8 @@ def test_lipschitz_of_a_whole_state_and_of_a_coupled_batch():
     assert_close(found, torch.tensor(2.5, dtype=F64), rtol=1e-4, atol=0)
     assert lipschitz(torch.sin, torch.zeros(())).item() == pytest.approx(1.0)
     assert lipschitz(lambda h: 0 * h, torch.ones(3)).item() == 0
-    assert_close(lipschitz(lambda h: W.float() @ h, torch.zeros(12)), torch.tensor(2.5), rtol=1e-3, atol=0)
+    assert_close(lipschitz(lambda h: W.float() @ h, torch.zeros(12)), torch.tensor(2.5), rtol=1e-3,
+                 atol=0)
 
 
 def test_lipschitz_bounds_no_step_but_is_attained():
@@ -543,7 +599,9 @@ def test_lipschitz_finds_one_steep_direction_among_many(dtype, rest):
     stretch[1234] = 1.02
     stretch = stretch.to(dtype)
     for seed in range(3):
-        assert_close(lipschitz(lambda h: stretch * h, torch.zeros(16384, dtype=dtype), seed=seed).item(), 1.02, rtol=1e-5, atol=0)
+        assert_close(
+            lipschitz(lambda h: stretch * h, torch.zeros(16384, dtype=dtype), seed=seed).item(),
+            1.02, rtol=1e-5, atol=0)
 
 
 def test_lipschitz_misses_one_percent_as_seldom_as_its_theorem_says():
@@ -552,14 +610,17 @@ def test_lipschitz_misses_one_percent_as_seldom_as_its_theorem_says():
         stretch = torch.cos(torch.linspace(0.0, math.pi / 2, 1000, dtype=F64)) * gap
         stretch[7] = 1.0
         f = lambda h, stretch=stretch: stretch * h
-        found = torch.stack([lipschitz(f, torch.zeros(1000, dtype=F64), tol=5e-3, seed=s) for s in range(20)])
+        found = torch.stack(
+            [lipschitz(f, torch.zeros(1000, dtype=F64), tol=5e-3, seed=s) for s in range(20)])
         assert (found >= 0.99).all() and (found <= 1 + 1e-12).all()
 
 
 def test_lipschitz_measures_one_map_even_where_each_call_is_another():
     W, calls = matrix(30, 2.0), []
-    f = lambda h: h @ W * (1 + 0.1 * len(calls)) + calls.append(1) if calls else (calls.append(1), h @ W)[1]
-    assert_close(lipschitz(f, torch.zeros(30, dtype=F64)), torch.tensor(2.0, dtype=F64), rtol=1e-5, atol=0)
+    f = lambda h: h @ W * (1 + 0.1 * len(calls)) + calls.append(1) if calls else (calls.append(1), h
+                                                                                  @ W)[1]
+    assert_close(lipschitz(f, torch.zeros(30, dtype=F64)), torch.tensor(2.0, dtype=F64), rtol=1e-5,
+                 atol=0)
     assert len(calls) == 1
 
 
@@ -567,12 +628,16 @@ def test_lipschitz_of_attention():
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True).eval()
     h = normal(2, 3, 8, dtype=torch.float32)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        exact = [torch.linalg.matrix_norm(torch.func.jacrev(layer)(x[None]).reshape(24, 24), 2).detach() for x in h]
+        exact = [
+            torch.linalg.matrix_norm(torch.func.jacrev(layer)(x[None]).reshape(24, 24), 2).detach()
+            for x in h
+        ]
         assert_close(lipschitz(layer, h), torch.stack(exact), rtol=1e-4, atol=0)
 
 
 def test_lipschitz_never_exceeds_the_true_value_after_a_breakdown():
-    for rank in (1, 2, 5):  # Lanczos' method ends after as many steps, and goes on with rounding errors
+    for rank in (1, 2,
+                 5):  # Lanczos' method ends after as many steps, and goes on with rounding errors
         A = normal(40, rank, seed=rank) @ normal(rank, 30, seed=rank + 9)
         found = lipschitz(lambda h, A=A: A @ h, torch.zeros(30, dtype=F64), iters=100)
         assert_close(found, torch.linalg.matrix_norm(A, 2), rtol=1e-6, atol=0)
@@ -581,9 +646,13 @@ def test_lipschitz_never_exceeds_the_true_value_after_a_breakdown():
 
 def test_lipschitz_takes_maps_that_see_the_whole_batch_and_convolutions():
     x = normal(3, 2, 6, 6, seed=3, dtype=torch.float32)
-    net = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.GELU(), nn.AvgPool2d(3, 1, 1), nn.Conv2d(4, 2, 3, padding=1))
-    f = lambda h: net(h) + x  # x has the batch size of h: the state must not be copied along the batch
-    exact = [torch.linalg.matrix_norm(torch.func.jacrev(net)(h[None]).reshape(72, 72), 2) for h in 2 * x]
+    net = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.GELU(),
+                        nn.AvgPool2d(3, 1, 1), nn.Conv2d(4, 2, 3, padding=1))
+    f = lambda h: net(
+        h) + x  # x has the batch size of h: the state must not be copied along the batch
+    exact = [
+        torch.linalg.matrix_norm(torch.func.jacrev(net)(h[None]).reshape(72, 72), 2) for h in 2 * x
+    ]
     assert_close(lipschitz(f, 2 * x), torch.stack(exact).detach(), rtol=1e-4, atol=0)
 
 
@@ -593,7 +662,7 @@ def test_lipschitz_says_when_it_has_not_settled_or_cannot():
         low = lipschitz(lambda h: W @ h, torch.zeros(40, dtype=F64), iters=3)
     assert low < 1
     for options in ({"iters": 0}, {"starts": 0}):
-        with pytest.raises(ValueError, match="iters and starts"):
+        with pytest.raises(ValueError, match="iters|starts"):
             lipschitz(torch.cos, torch.ones(2), **options)
     with pytest.raises(FloatingPointError, match="Jacobian"):
         lipschitz(torch.sqrt, torch.zeros(2))
@@ -605,10 +674,12 @@ def test_spectral_norm_certifies_nothing_about_a_convolution():
     conv = spectral_norm(conv, n_power_iterations=30).eval()
     assert torch.linalg.matrix_norm(conv.weight.flatten(1), 2).item() == pytest.approx(1, rel=1e-4)
     by_hand = (1 + 2 * math.cos(math.pi / 17)) ** 2 / 3  # 16 pixels, zero padding
-    assert lipschitz(conv, torch.zeros(2, 4, 16, 16)).tolist() == pytest.approx([by_hand] * 2, rel=1e-4)
+    assert lipschitz(conv, torch.zeros(2, 4, 16, 16)).tolist() == pytest.approx([by_hand] * 2,
+                                                                                rel=1e-4)
 
 
-# --- implicit gradients ---------------------------------------------------------------------------------------------
+# --- implicit gradients
+# ---------------------------------------------------------------------------------------------
 
 
 class Cell(nn.Module):
@@ -632,10 +703,12 @@ def test_implicit_gradients_are_the_unrolled_ones(seed, solver, damping):
     cell, x = Cell(seed), normal(4, 5, seed=seed + 1).requires_grad_()
 
     def gradients(s):
-        loss = s["a"].pow(2).sum() + (s["b"][0].sin() * torch.arange(4, dtype=F64)[:, None, None]).sum()
+        loss = s["a"].pow(2).sum() + (s["b"][0].sin() *
+                                      torch.arange(4, dtype=F64)[:, None, None]).sum()
         return torch.autograd.grad(loss, [cell.weight, x])
 
-    found = fixed_point(cell.step(x), cell.start(x), steps=400, tol=1e-11, solver=solver, damping=damping)
+    found = fixed_point(cell.step(x), cell.start(x), steps=400, tol=1e-11, solver=solver,
+                        damping=damping)
     unrolled = iterate(cell.step(x), cell.start(x), steps=250).output
     assert_close(found, unrolled, rtol=0, atol=1e-9)
     assert_close(gradients(found), gradients(unrolled), rtol=0, atol=1e-6)
@@ -645,7 +718,8 @@ def test_implicit_gradients_against_finite_differences():
     W, x = matrix(3, 0.7).requires_grad_(), normal(2, 3, seed=1).requires_grad_()
 
     def solve(W, x):
-        return fixed_point(lambda h: torch.tanh(h @ W + x), torch.zeros(2, 3, dtype=F64), tol=1e-12, backward_tol=1e-12)
+        return fixed_point(lambda h: torch.tanh(h @ W + x), torch.zeros(2, 3, dtype=F64), tol=1e-12,
+                           backward_tol=1e-12)
 
     assert torch.autograd.gradcheck(solve, [W, x])
     with pytest.raises(RuntimeError, match="no gradients of gradients"):
@@ -666,7 +740,10 @@ def test_implicit_gradient_where_the_batch_is_coupled():
 
 def test_the_start_gets_no_gradient_and_parameters_get_theirs_once():
     cell, x = Cell(), normal(4, 5, seed=1)
-    h0 = {"a": torch.zeros(4, 5, dtype=F64, requires_grad=True), "b": (torch.zeros(4, 5, 1, dtype=F64),)}
+    h0 = {
+        "a": torch.zeros(4, 5, dtype=F64, requires_grad=True),
+        "b": (torch.zeros(4, 5, 1, dtype=F64), )
+    }
     out = fixed_point(cell.step(x), h0, tol=1e-10)
     out["a"].sum().backward(retain_graph=True)
     once = cell.weight.grad.clone()
@@ -683,7 +760,8 @@ def test_values_do_not_depend_on_whether_gradients_are_recorded():
     assert with_graph.output["a"].requires_grad and not without.output["a"].requires_grad
     assert_close(with_graph.output, without.output, rtol=0, atol=0)
     assert_close(with_graph.residuals, without.residuals, rtol=0, atol=0)
-    assert not fixed_point(lambda h: h.detach() / 2, torch.ones(2, 2)).requires_grad  # nothing to differentiate
+    assert not fixed_point(lambda h: h.detach() / 2, torch.ones(
+        2, 2)).requires_grad  # nothing to differentiate
 
 
 def test_a_small_gradient_is_solved_as_well_as_a_large_one():
@@ -779,11 +857,13 @@ def test_an_optimiser_can_train_through_it():
     torch.manual_seed(0)
     cell = nn.Linear(4, 4)
     nn.init.orthogonal_(cell.weight, gain=0.5)
-    x, target = normal(16, 4, dtype=torch.float32), 0.5 * torch.tanh(normal(16, 4, dtype=torch.float32))
+    x, target = normal(16, 4,
+                       dtype=torch.float32), 0.5 * torch.tanh(normal(16, 4, dtype=torch.float32))
     optimiser = torch.optim.SGD(cell.parameters(), lr=0.2)
     losses = []
     for _ in range(30):
-        loss = (fixed_point(lambda h: torch.tanh(cell(h) + x), torch.zeros(16, 4)) - target).pow(2).mean()
+        loss = (fixed_point(lambda h: torch.tanh(cell(h) + x), torch.zeros(16, 4)) -
+                target).pow(2).mean()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -796,8 +876,8 @@ def test_torchdeq_agrees():
     W, x = matrix(6, 0.8).requires_grad_(), normal(3, 6, seed=1).requires_grad_()
     f = lambda h: torch.tanh(h @ W + x)
     h0 = torch.zeros(3, 6, dtype=F64)
-    deq = torchdeq.get_deq(f_solver="fixed_point_iter", b_solver="fixed_point_iter", f_max_iter=300, b_max_iter=300,
-                           f_tol=1e-12, b_tol=1e-12, ift=True)
+    deq = torchdeq.get_deq(f_solver="fixed_point_iter", b_solver="fixed_point_iter", f_max_iter=300,
+                           b_max_iter=300, f_tol=1e-12, b_tol=1e-12, ift=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the oracle's own
         theirs = deq(f, h0)[0][-1]
@@ -807,7 +887,8 @@ def test_torchdeq_agrees():
     assert_close(torch.autograd.grad(ours.pow(3).sum(), [W, x]), their_gradients, rtol=0, atol=1e-8)
 
 
-# --- what feedback networks need from it ----------------------------------------------------------------------------
+# --- what feedback networks need from it
+# ----------------------------------------------------------------------------
 
 
 @few
@@ -819,7 +900,8 @@ def test_a_spectral_radius_below_one_suffices_whatever_the_norm(seed):
     assert all(torch.linalg.matrix_norm(J, p) > 1 for p in (1, 2, math.inf, "fro"))
     f = lambda h: 1 + torch.tanh((h - 1) @ J.T)  # its fixed point is 1, its Jacobian there J
     start = 1 + 0.3 * normal(4, 2, seed=seed)
-    errors = (torch.stack(iterate(f, start, steps=100).outputs) - 1) @ torch.linalg.inv(P).T  # in the norm made for J
+    errors = (torch.stack(iterate(f, start, steps=100).outputs) -
+              1) @ torch.linalg.inv(P).T  # in the norm made for J
     lengths = errors.abs().amax(2)
     assert (lengths[-1] < 1e-6).all()
     assert (lengths[41:81] <= (0.8 + 1e-3) * lengths[40:80]).all()  # it shrinks at each step

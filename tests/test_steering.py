@@ -1,4 +1,5 @@
-"""Steering: what one call does and leaves, the released code's numbers, the vectors, composites, scores, and priors from text."""
+"""Steering: what one call does and leaves, the released code's numbers, the vectors, composites,
+scores, and priors from text."""
 
 import json
 import math
@@ -52,7 +53,8 @@ def small(motif="paper", connections=(("head", "conv1"), ("conv2", "conv1")), se
     net.add_module("gap", nn.AdaptiveAvgPool2d(1))
     net.add_module("flat", nn.Flatten())
     net.add_module("head", nn.Linear(8, 5))
-    return LRM(net, list(connections), example=torch.zeros(1, 3, 12, 12), motif=motif, **options).eval()
+    return LRM(net, list(connections), example=torch.zeros(1, 3, 12, 12), motif=motif,
+               **options).eval()
 
 
 @pytest.fixture
@@ -63,16 +65,21 @@ def x():
 @pytest.mark.parametrize("name", ["s1", "s3", "s3_full", "spair", "s3_vec", "s3_half"])
 @pytest.mark.parametrize("first", [False, True])
 def test_steers_as_the_released_code_does(name, first):
-    golden, about = load_file(GOLDENS / "lrm_tiny.safetensors"), json.loads((GOLDENS / "lrm_tiny.json").read_text())
+    golden, about = load_file(GOLDENS / "lrm_tiny.safetensors"), json.loads(
+        (GOLDENS / "lrm_tiny.json").read_text())
     sizes, net = [3, 8, 12, 16], nn.Sequential()
     conv = lambda i: nn.Conv2d(sizes[i], sizes[i + 1], 3, padding=1)
-    net.add_module("features", nn.Sequential(conv(0), nn.ReLU(), nn.MaxPool2d(2), conv(1), nn.ReLU(), conv(2), nn.ReLU()))
+    net.add_module(
+        "features",
+        nn.Sequential(conv(0), nn.ReLU(), nn.MaxPool2d(2), conv(1), nn.ReLU(), conv(2), nn.ReLU()))
     net.add_module("pool", nn.AdaptiveAvgPool2d(4))
     net.add_module("flatten", nn.Flatten(1))
     net.add_module("classifier", nn.Sequential(nn.Linear(256, 32), nn.ReLU(), nn.Linear(32, 10)))
     pairs = [(c["source"], c["destination"]) for c in about["connections"]]
     model = LRM(net, pairs, example=torch.zeros(1, 3, 32, 32), motif="published").eval()
-    load_published(model, {k.removeprefix("state."): v for k, v in golden.items() if k.startswith("state.")})
+    load_published(
+        model, {k.removeprefix("state."): v
+                for k, v in golden.items() if k.startswith("state.")})
     how = about["steering"][name]
     vector = golden[how["activation"].split()[0]]
     strength = tuple(how["strength"]) if isinstance(how["strength"], list) else how["strength"]
@@ -92,12 +99,14 @@ def test_no_gain_and_no_blend_is_no_steering(motif, first, x):
     model = small(motif, steps=2)
     with torch.no_grad():
         plain = model.trajectory(x)
-        same = model.trajectory(x, steer=Steer("head", torch.randn(5), gain=(1, 1), blend=0, from_first_pass=first))
+        same = model.trajectory(
+            x, steer=Steer("head", torch.randn(5), gain=(1, 1), blend=0, from_first_pass=first))
     assert all(torch.equal(a, b) for a, b in zip(plain.outputs, same.outputs))
 
 
 @settings(max_examples=10, deadline=None)
-@given(gain=st.floats(0, 5), blend=st.floats(0, 1), motif=st.sampled_from(["paper", "published"]), seed=st.integers(0, 99))
+@given(gain=st.floats(0, 5), blend=st.floats(0, 1), motif=st.sampled_from(["paper", "published"]),
+       seed=st.integers(0, 99))
 def test_a_steered_call_changes_nothing_for_the_next_one(gain, blend, motif, seed):
     x = torch.randn(3, 3, 12, 12, generator=torch.Generator().manual_seed(seed))
     model, vector = small(motif), torch.randn(5, generator=torch.Generator().manual_seed(seed))
@@ -132,7 +141,8 @@ def test_every_example_has_its_own_vector(motif, x):
     model, vectors = small(motif), torch.randn(4, 5)
     with torch.no_grad():
         together = model(x, steer=Steer("head", vectors, gain=2))
-        alone = torch.cat([model(x[i : i + 1], steer=Steer("head", vectors[i], gain=2)) for i in range(4)])
+        alone = torch.cat(
+            [model(x[i:i + 1], steer=Steer("head", vectors[i], gain=2)) for i in range(4)])
         swapped = model(x, steer=Steer("head", vectors.flip(0), gain=2))
     assert_close(together, alone)
     assert not torch.allclose(together, swapped)
@@ -150,7 +160,9 @@ def test_map_sources_and_local_vectors(motif, x):
         local = model.trajectory(x, steer=Steer("head", half))
         assert local.output.shape == (4, 5) and not torch.allclose(local.output, model(x))
         uniform = model(x, steer=Steer("head", torch.full((1, 5, 12, 12), 3.0)))
-        if motif == "paper":  # the published motif normalises a map over its positions, so a map of one vector is no vector to it
+        # the published motif normalises a map over its positions, so a map of one vector is no
+        # vector to it
+        if motif == "paper":
             assert_close(uniform, model(x, steer=Steer("head", torch.full((5,), 3.0))))
 
 
@@ -231,7 +243,8 @@ def test_prototypes_do_not_depend_on_the_batches(batch, seed, offset):
         for c in range(4):
             own = said[y == c]
             assert_close(found.mean[c].double(), own.mean(0), rtol=1e-5, atol=1e-5)
-            assert_close(found.stderr[c].double(), own.std(0) / 10**0.5, rtol=1e-2, atol=2e-3 if offset else 1e-6)
+            assert_close(found.stderr[c].double(),
+                         own.std(0) / 10**0.5, rtol=1e-2, atol=2e-3 if offset else 1e-6)
 
 
 def test_prototypes_leave_the_random_state_alone(x):
@@ -259,15 +272,19 @@ def test_composites():
     wide = side_by_side(a, b)
     assert wide.shape == (2, 3, 8, 16) and wide[..., :8].max() == 0 and wide[..., 8:].min() == 1
     squeezed = side_by_side(a, b, fit="squeeze")
-    assert squeezed.shape == a.shape and squeezed[..., :3].max() == 0 and squeezed[..., 5:].min() == 1
+    assert squeezed.shape == a.shape and squeezed[..., :3].max() == 0 and squeezed[...,
+                                                                                   5:].min() == 1
     assert side_by_side(a[0], b[0], fit="squeeze").shape == (3, 8, 8)
-    for bad in (lambda: overlay(a, b[:1]), lambda: overlay(a.byte(), b.byte()), lambda: overlay(a, b, 2.0), lambda: side_by_side(a, b, fit="tall"), lambda: side_by_side(a, b[..., :4])):
+    for bad in (lambda: overlay(a, b[:1]), lambda: overlay(a.byte(), b.byte()),
+                lambda: overlay(a, b, 2.0), lambda: side_by_side(a, b, fit="tall"),
+                lambda: side_by_side(a, b[..., :4])):
         with pytest.raises(ValueError):
             bad()
 
 
 @settings(max_examples=15, deadline=None)
-@given(classes=st.integers(3, 6), members=st.integers(1, 7), per_pair=st.integers(1, 9), seed=st.integers(0, 9))
+@given(classes=st.integers(3, 6), members=st.integers(1, 7), per_pair=st.integers(1, 9),
+       seed=st.integers(0, 9))
 def test_triplets_are_balanced(classes, members, per_pair, seed):
     y = torch.arange(classes).repeat(members)
     three = triplets(y, per_pair, seed=seed)
@@ -300,7 +317,8 @@ def test_a_prime_is_bounded_and_antisymmetric(h, f):
 def test_a_prime_by_hand():
     assert a_prime(1.0, 0.0) == 1 and a_prime(0.0, 0.0) == 0.5 and a_prime(1.0, 1.0) == 0.5
     assert a_prime(0.8, 0.4) == pytest.approx(0.5 + 0.4 * 1.4 / (4 * 0.8 * 0.6))
-    assert_close(a_prime(torch.tensor([1.0, 0.5]), torch.tensor([0.0, 0.5])), torch.tensor([1.0, 0.5], dtype=torch.float64))
+    assert_close(a_prime(torch.tensor([1.0, 0.5]), torch.tensor([0.0, 0.5])),
+                 torch.tensor([1.0, 0.5], dtype=torch.float64))
     for bad in ((1.1, 0), (0, -0.1), (float("nan"), 0)):
         with pytest.raises(ValueError, match="rate"):
             a_prime(*bad)
@@ -308,15 +326,21 @@ def test_a_prime_by_hand():
 
 def test_search_counts_what_single_calls_answer():
     model = small(steps=2)
-    x, y = torch.randn(12, 3, 12, 12, generator=torch.Generator().manual_seed(3)), torch.arange(12) % 4
-    three, vectors = triplets(y, 2), 3 * torch.randn(4, 5, generator=torch.Generator().manual_seed(4))
+    x, y = torch.randn(12, 3, 12, 12,
+                       generator=torch.Generator().manual_seed(3)), torch.arange(12) % 4
+    three, vectors = triplets(y,
+                              2), 3 * torch.randn(4, 5, generator=torch.Generator().manual_seed(4))
     found = search(model, x, y, three, vectors, gain=2.0, batch_size=5)
     assert found.hits.shape == (12, 2, 3) and found.false_alarms.shape == (12, 3)
     for i, row in enumerate(three):
         shown = overlay(x[row[0]], x[row[1]])[None]
         with torch.no_grad():
-            answers = [[int(o.argmax()) == int(y[k]) for o in model.trajectory(shown, steer=Steer("head", vectors[y[k]], gain=2.0)).outputs] for k in row]
-        assert found.hits[i].tolist() == answers[:2] and found.false_alarms[i].tolist() == answers[2]
+            answers = [[
+                int(o.argmax()) == int(y[k]) for o in model.trajectory(
+                    shown, steer=Steer("head", vectors[y[k]], gain=2.0)).outputs
+            ] for k in row]
+        assert found.hits[i].tolist() == answers[:2] and found.false_alarms[i].tolist(
+        ) == answers[2]
     rates = found.rates()
     assert rates["hits"] == pytest.approx(found.hits.double().mean((0, 1)).tolist())
     by_picture = search(model, x, y, three, vectors[y], by="picture", gain=2.0)
@@ -328,7 +352,8 @@ def test_search_counts_what_single_calls_answer():
 def pairs(n=40, text_dim=6, out_dim=9, noise=0.0):
     g = torch.Generator().manual_seed(0)
     text = F.normalize(torch.randn(n, text_dim, generator=g), dim=1)
-    return text, 5 + 3 * text @ torch.randn(text_dim, out_dim, generator=g) + noise * torch.randn(n, out_dim, generator=g)
+    return text, 5 + 3 * text @ torch.randn(text_dim, out_dim, generator=g) + noise * torch.randn(
+        n, out_dim, generator=g)
 
 
 def test_the_ridge_prior_finds_a_linear_map():
@@ -346,26 +371,33 @@ def test_the_ridge_prior_finds_a_linear_map():
 def test_the_diffusion_prior_learns_and_is_reproducible():
     text, truth = pairs()
     state = torch.get_rng_state()
-    make = lambda: (torch.manual_seed(0), TextPrior(6, 9, depth=1, heads=2, head_dim=16, timesteps=20))[1]
+    make = lambda: (torch.manual_seed(0),
+                    TextPrior(6, 9, depth=1, heads=2, head_dim=16, timesteps=20))[1]
     prior, twin = make(), make()
     torch.set_rng_state(state)
     losses = prior.fit(text[:32], truth[:32], steps=150, lr=3e-3)
     assert torch.equal(torch.get_rng_state(), state)
     twin.fit(text[:32], truth[:32], steps=150, lr=3e-3)
     said = prior(text[32:], samples=16)
-    assert torch.equal(said, twin(text[32:], samples=16)) and torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(said, twin(text[32:], samples=16)) and torch.equal(
+        torch.get_rng_state(), state)
     assert not torch.equal(said, prior(text[32:], samples=16, seed=1))
     mean = truth[:32].mean(0)
     assert sum(losses[-30:]) < 0.7 * sum(losses[:30])
     assert F.cosine_similarity(said - mean, truth[32:] - mean).mean() > 0.5
-    error = lambda n: (prior(text[32:], samples=n) - prior(text[32:], samples=200, seed=9)).square().mean()
+    error = lambda n: (prior(text[32:], samples=n) - prior(text[32:], samples=200, seed=9)).square(
+    ).mean()
     assert error(64) < error(1)  # more samples, nearer to the conditional mean
 
 
 def test_priors_refuse_what_does_not_fit():
     text, truth = pairs()
     prior = TextPrior(6, 9, "ridge")
-    for bad, words in [((text[:, :5], truth), r"text.*, 6\)"), ((text, truth[:, :8]), r"prototypes.*, 9\)"), ((text[:3], truth[:4]), "prototypes"), ((text[:1], truth[:1]), "text"), ((text * float("nan"), truth), "text"), ((text.tolist(), truth), "text.*list")]:
+    for bad, words in [((text[:, :5], truth), r"text.*, 6\)"),
+                       ((text, truth[:, :8]), r"prototypes.*, 9\)"),
+                       ((text[:3], truth[:4]), "prototypes"), ((text[:1], truth[:1]), "text"),
+                       ((text * float("nan"), truth), "text"),
+                       ((text.tolist(), truth), "text.*list")]:
         with pytest.raises(ValueError, match=words):
             prior.fit(*bad)
     with pytest.raises(ValueError, match="diffusion"):
@@ -392,7 +424,8 @@ def test_text_embeddings_by_any_encoder_or_by_open_clip(monkeypatch):
 
     seen = {}
     fake = types.ModuleType("open_clip")
-    fake.create_model = lambda name, pretrained, device: (seen.update(name=name, pretrained=pretrained), Net())[1]
+    fake.create_model = lambda name, pretrained, device: (seen.update(name=name, pretrained=
+                                                                      pretrained), Net())[1]
     fake.get_tokenizer = lambda name: lambda texts: torch.tensor([[len(t), 1] for t in texts])
     monkeypatch.setitem(sys.modules, "open_clip", fake)
     found = text_embeddings(["bag"], "ViT-B-32", pretrained="openai")
@@ -404,26 +437,37 @@ def test_a_blend_map_steers_inside_and_leaves_the_rest_alone(x):
     model, vector = small(), torch.randn(5)
     left = torch.zeros(1, 1, 12, 12)
     left[..., :6] = 1
-    modulation, own = model.modulations["conv1"], {k: v for k, v in model.trajectory(x, steps=0, states=True).states[0].items()}
+    modulation, own = model.modulations["conv1"], {
+        k: v
+        for k, v in model.trajectory(x, steps=0, states=True).states[0].items()
+    }
     o = torch.randn(4, 6, 12, 12)
-    field = lambda steer: modulation.field(o, {**own, **({} if steer is None else steer.replace(own))})
-    local, everywhere, nowhere = field(Steer("head", vector, blend=left)), field(Steer("head", vector)), field(None)
+    field = lambda steer: modulation.field(o,
+                                           {**own, **({} if steer is None else steer.replace(own))})
+    local, everywhere, nowhere = field(Steer("head", vector,
+                                             blend=left)), field(Steer("head", vector)), field(None)
     assert_close(local[..., :6], everywhere.expand_as(local)[..., :6])
     assert_close(local[..., 6:], nowhere.expand_as(local)[..., 6:])
     assert not torch.allclose(everywhere, nowhere)
-    masked = field(Steer("head", vector[None, :, None, None] * left))  # 0 is a vector as any other: it is not "no steering"
+    masked = field(Steer(
+        "head",
+        vector[None, :, None, None] * left))  # 0 is a vector as any other: it is not "no steering"
     assert not torch.allclose(masked[..., 6:], nowhere.expand_as(masked)[..., 6:])
-    assert_close(model(x, steer=Steer("head", vector, gain=2, blend=torch.ones(1, 1, 3, 4))), model(x, steer=Steer("head", vector, gain=2)))
+    assert_close(model(x, steer=Steer("head", vector, gain=2, blend=torch.ones(1, 1, 3, 4))),
+                 model(x, steer=Steer("head", vector, gain=2)))
     assert_close(model(x, steer=Steer("head", vector, blend=torch.zeros(1, 1, 3, 4))), model(x))
-    assert_close(model(x, steer=Steer("head", vector, blend=torch.full((1, 1, 2, 2), 0.3))), model(x, steer=Steer("head", vector, blend=0.3)))
-    assert_close(model(x, steer=Steer("conv2", torch.ones(8), blend=torch.full((1, 1, 2, 2), 0.3))), model(x, steer=Steer("conv2", torch.ones(8), blend=0.3)))
+    assert_close(model(x, steer=Steer("head", vector, blend=torch.full((1, 1, 2, 2), 0.3))),
+                 model(x, steer=Steer("head", vector, blend=0.3)))
+    assert_close(model(x, steer=Steer("conv2", torch.ones(8), blend=torch.full((1, 1, 2, 2), 0.3))),
+                 model(x, steer=Steer("conv2", torch.ones(8), blend=0.3)))
 
 
 def test_blend_maps_are_one_for_each_example(x):
     model, vectors, maps = small(), torch.randn(4, 5), torch.rand(4, 1, 4, 4)
     together = model(x, steer=Steer("head", vectors, blend=maps))
     for i in range(4):
-        assert_close(together[i : i + 1], model(x[i : i + 1], steer=Steer("head", vectors[i], blend=maps[i : i + 1])))
+        assert_close(together[i:i + 1],
+                     model(x[i:i + 1], steer=Steer("head", vectors[i], blend=maps[i:i + 1])))
     assert "(4, 1, 4, 4)" in repr(Steer("head", vectors, blend=maps))
 
 
@@ -451,16 +495,25 @@ def test_a_blend_map_for_another_batch_is_refused(x):
 def test_the_embedded_texts_have_a_finite_normalised_row_each():
     from safetensors import safe_open
 
-    with safe_open(Path(__file__).parents[1] / "nbs" / "samples" / "texts.safetensors", "pt") as file:
+    with safe_open(Path(__file__).parents[1] / "nbs" / "samples" / "texts.safetensors",
+                   "pt") as file:
         rows, embedded = json.loads(file.metadata()["rows"]), file.get_tensor("embeddings")
-    assert embedded.shape == (len(rows), 512) and embedded.dtype == torch.float16 and embedded.isfinite().all()
+    assert embedded.shape == (
+        len(rows), 512) and embedded.dtype == torch.float16 and embedded.isfinite().all()
     assert_close(embedded.float().norm(dim=1), torch.ones(len(rows)), atol=1e-3, rtol=0)
-    kinds = {(s, c): sorted(k for s2, c2, k, _ in rows if (s2, c2) == (s, c)) for s in ("imagenette", "cifar10", "fashion-mnist", "mnist") for c in range(10)}
-    assert all(k == ["bare", "description", "description", "photo", "picture", "synonym", "synonym"] for k in kinds.values()) and 7 * len(kinds) == len(rows)
+    kinds = {(s, c): sorted(k for s2, c2, k, _ in rows if (s2, c2) == (s, c))
+             for s in ("imagenette", "cifar10", "fashion-mnist", "mnist")
+             for c in range(10)}
+    assert all(
+        k == ["bare", "description", "description", "photo", "picture", "synonym", "synonym"]
+        for k in kinds.values()) and 7 * len(kinds) == len(rows)
     assert len({text for *_, text in rows}) == len(rows)  # no text stands for two classes
     photo = [i for i, row in enumerate(rows) if row[2] == "photo"]
     near = embedded.float() @ embedded[photo].float().T
-    same = [rows[i][:2] == rows[photo[j]][:2] for i, j in enumerate(near.argmax(1).tolist()) if rows[i][2] == "picture"]
+    same = [
+        rows[i][:2] == rows[photo[j]][:2] for i, j in enumerate(near.argmax(1).tolist())
+        if rows[i][2] == "picture"
+    ]
     assert sum(same) == 40  # the rows are of the texts that they are listed for
 
 
@@ -469,7 +522,10 @@ def test_the_embedded_texts_have_a_finite_normalised_row_each():
 def test_vectors_of_another_dtype_are_brought_to_the_models(motif, first, x):
     for model, images in ((small(motif), x), (small(motif).double(), x.double())):
         vector = torch.randn(5, dtype=torch.float64)
-        said = [model(images, steer=Steer("head", vector.to(dtype), gain=2, from_first_pass=first)) for dtype in (torch.float32, torch.float64)]
+        said = [
+            model(images, steer=Steer("head", vector.to(dtype), gain=2, from_first_pass=first))
+            for dtype in (torch.float32, torch.float64)
+        ]
         assert all(s.dtype == images.dtype for s in said)
         assert_close(*said, rtol=1e-5, atol=1e-5)
 
@@ -505,14 +561,16 @@ def test_a_prototype_may_be_of_any_pass(x):
 def test_map_vectors_are_resized_smoothly(x):
     model, coarse = small(), torch.randn(1, 8, 2, 3)
     fine = F.interpolate(coarse, size=(6, 6), mode="bilinear")
-    stored = model.trajectory(x, steps=0, states=True, steer=Steer("conv2", coarse)).states[0]["conv2"]
+    stored = model.trajectory(x, steps=0, states=True, steer=Steer("conv2",
+                                                                   coarse)).states[0]["conv2"]
     assert_close(stored, fine.expand(4, -1, -1, -1))
 
 
 def test_local_vectors_blend_too(x):
     model, vector = small(), torch.randn(1, 8, 6, 6)
     own = instance(model, x, "conv2", steps=0)
-    stored = model.trajectory(x, steps=0, states=True, steer=Steer("conv2", vector, blend=0.3)).states[0]["conv2"]
+    stored = model.trajectory(x, steps=0, states=True, steer=Steer("conv2", vector,
+                                                                   blend=0.3)).states[0]["conv2"]
     assert_close(stored, 0.3 * vector + 0.7 * own)
 
 
@@ -532,8 +590,10 @@ def test_every_role_of_a_triplet_is_balanced():
     for pair in kinds[:, :2].sort(1).values.unique(dim=0):
         rows = (kinds[:, :2].sort(1).values == pair).all(1)
         absent = kinds[rows, 2].bincount(minlength=5)
-        assert absent[[c for c in range(5) if c not in pair.tolist()]].unique().tolist() == [20]  # each of the others in turn
-        assert len(three[rows, 2].unique()) == 60  # and no picture of them twice before all had their turn
+        assert absent[[c for c in range(5) if c not in pair.tolist()
+                       ]].unique().tolist() == [20]  # each of the others in turn
+        assert len(
+            three[rows, 2].unique()) == 60  # and no picture of them twice before all had their turn
 
 
 def test_search_by_picture_in_eval_mode_with_every_modes_kept():
@@ -541,15 +601,23 @@ def test_search_by_picture_in_eval_mode_with_every_modes_kept():
     model.backbone.relu2 = nn.Dropout(0.5)
     model.train()
     model.backbone.pool.eval()
-    x, y = torch.randn(12, 3, 12, 12, generator=torch.Generator().manual_seed(3)), torch.arange(12) % 4
-    three, vectors = triplets(y, 1), 6 * torch.randn(12, 5, generator=torch.Generator().manual_seed(4))
+    x, y = torch.randn(12, 3, 12, 12,
+                       generator=torch.Generator().manual_seed(3)), torch.arange(12) % 4
+    three, vectors = triplets(y,
+                              1), 6 * torch.randn(12, 5, generator=torch.Generator().manual_seed(4))
     found = search(model, x, y, three, vectors, by="picture", gain=3.0)
     assert model.training and model.backbone.relu2.training and not model.backbone.pool.training
     model.eval()
     shown = overlay(x[three[:, 0]], x[three[:, 1]])
     with torch.no_grad():
-        right = [torch.stack([o.argmax(1) == y[three[:, k]] for o in model.trajectory(shown, steer=Steer("head", vectors[three[:, k]], gain=3.0)).outputs], 1) for k in range(3)]
-    assert torch.equal(found.hits, torch.stack(right[:2], 1)) and torch.equal(found.false_alarms, right[2])
+        right = [
+            torch.stack([
+                o.argmax(1) == y[three[:, k]] for o in model.trajectory(
+                    shown, steer=Steer("head", vectors[three[:, k]], gain=3.0)).outputs
+            ], 1) for k in range(3)
+        ]
+    assert torch.equal(found.hits, torch.stack(right[:2], 1)) and torch.equal(
+        found.false_alarms, right[2])
 
 
 def test_the_cosine_schedule_by_hand():
@@ -559,7 +627,8 @@ def test_the_cosine_schedule_by_hand():
 
 
 class Believes(nn.Module):
-    """A denoiser whose belief is known in closed form: share(ᾱ_t) of what it sees, and a constant."""
+    """A denoiser whose belief is known in closed form: share(ᾱ_t) of what it sees, and a
+    constant."""
 
     def __init__(self, kept, share, constant):
         super().__init__()
@@ -575,14 +644,19 @@ def test_sampling_follows_the_reverse_process_in_closed_form():
     prior.mean.copy_(torch.tensor([1.0, 2, 3]))
     prior.scale.fill_(2.0)
     prior.net = Believes(prior.kept, lambda kept: 0 * kept, 0.7)
-    assert_close(prior(torch.zeros(4, 2), samples=5), (0.7 * 2 + prior.mean).expand(4, -1))  # certain of x₀: that is what comes out
-    prior.net = Believes(prior.kept, lambda kept: kept.sqrt(), 0.0)  # right for prototypes that are standard normal
+    assert_close(prior(torch.zeros(4, 2), samples=5),
+                 (0.7 * 2 + prior.mean).expand(4, -1))  # certain of x₀: that is what comes out
+    prior.net = Believes(prior.kept, lambda kept: kept.sqrt(),
+                         0.0)  # right for prototypes that are standard normal
     said = (prior(torch.zeros(20_000, 2), samples=1, seed=3) - prior.mean) / 2
     variance, kept = 1.0, [1.0, *prior.kept.double().tolist()]
-    for t in range(12, 0, -1):  # variance of x_{t-1} = (a √ᾱ_t + b)² x_t + noise, in the notation of Ho and others
+    for t in range(
+            12, 0, -1
+    ):  # variance of x_{t-1} = (a √ᾱ_t + b)² x_t + noise, in the notation of Ho and others
         beta = 1 - kept[t] / kept[t - 1]
-        a, b = kept[t - 1] ** 0.5 * beta / (1 - kept[t]), (1 - beta) ** 0.5 * (1 - kept[t - 1]) / (1 - kept[t])
-        variance = (a * kept[t] ** 0.5 + b) ** 2 * variance + beta * (1 - kept[t - 1]) / (1 - kept[t])
+        a, b = kept[t - 1]**0.5 * beta / (1 - kept[t]), (1 - beta)**0.5 * (1 - kept[t - 1]) / (
+            1 - kept[t])
+        variance = (a * kept[t]**0.5 + b)**2 * variance + beta * (1 - kept[t - 1]) / (1 - kept[t])
     assert_close(said.var(0), torch.full((3,), variance), rtol=0.04, atol=0)
     assert_close(said.mean(0), torch.zeros(3), rtol=0, atol=0.04)
 
@@ -608,18 +682,31 @@ def test_a_diffusion_prior_survives_its_state_dict():
 
 
 @pytest.mark.parametrize("how", [{}, {"gain": 3.0}, {"blend": 0.4}, {"from_first_pass": True}])
-@pytest.mark.parametrize(("motif", "pairs"), [("paper", [("head", "conv1")]), ("published", [("head", "conv1")]), ("published", [("relu1", "conv2"), ("head", "conv1")])])
+@pytest.mark.parametrize(("motif", "pairs"), [("paper", [("head", "conv1")]),
+                                              ("published", [("head", "conv1")]),
+                                              ("published", [("relu1", "conv2"),
+                                                             ("head", "conv1")])])
 def test_a_search_is_three_steered_calls_whatever_it_shares(motif, pairs, how):
     model = small(motif, pairs, steps=2).eval()
-    x, y = 3 * torch.randn(15, 3, 12, 12, generator=torch.Generator().manual_seed(3)), [0, 1, 2, 3, 4] * 3  # labels may be a list
-    three, vectors = triplets(torch.tensor(y), 1), 6 * torch.randn(5, 5, generator=torch.Generator().manual_seed(4))
+    x, y = 3 * torch.randn(15, 3, 12, 12, generator=torch.Generator().manual_seed(3)), [
+        0, 1, 2, 3, 4
+    ] * 3  # labels may be a list
+    three, vectors = triplets(torch.tensor(y),
+                              1), 6 * torch.randn(5, 5, generator=torch.Generator().manual_seed(4))
     found = search(model, x, y, three, vectors, batch_size=4, **how)
     y = torch.tensor(y)
     with torch.no_grad():
         shown = overlay(x[three[:, 0]], x[three[:, 1]])
-        calls = [model.trajectory(shown, steer=Steer("head", vectors[y[three[:, k]]], **how)).outputs for k in range(3)]
-    right = [torch.stack([o.argmax(1) == y[three[:, k]] for o in outputs], 1) for k, outputs in enumerate(calls)]
-    assert torch.equal(found.hits, torch.stack(right[:2], 1)) and torch.equal(found.false_alarms, right[2])
+        calls = [
+            model.trajectory(shown, steer=Steer("head", vectors[y[three[:, k]]], **how)).outputs
+            for k in range(3)
+        ]
+    right = [
+        torch.stack([o.argmax(1) == y[three[:, k]] for o in outputs], 1)
+        for k, outputs in enumerate(calls)
+    ]
+    assert torch.equal(found.hits, torch.stack(right[:2], 1)) and torch.equal(
+        found.false_alarms, right[2])
     assert found.hits.any() and not found.hits.all()
 
 
@@ -636,7 +723,9 @@ def test_a_search_runs_the_plain_pass_once_and_names_what_is_not_finite():
         search(model, x, y, triplets(y, 1), torch.randn(4, 5))
 
 
-@pytest.mark.parametrize(("labels", "said"), [(torch.tensor([0, 1, -1, 2]), "-1"), (torch.eye(4), "label.*2"), (torch.tensor([0.0, 1, 2, 3]), "label.*0.0")])
+@pytest.mark.parametrize(("labels", "said"), [(torch.tensor([0, 1, -1, 2]), "-1"),
+                                              (torch.eye(4), "label.*2"),
+                                              (torch.tensor([0.0, 1, 2, 3]), "label.*0.0")])
 def test_labels_that_are_no_class_numbers_are_refused(x, labels, said):
     with pytest.raises(ValueError, match=said):
         prototype(small(), TensorDataset(x, labels))

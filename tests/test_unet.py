@@ -214,11 +214,40 @@ def test_decays_by_hand():
     assert_close(ExponentialDecay(3, tau=0.5, printed=True)(delta, 2), delta * math.exp(4))
     matrix = ExponentialDecay(3, kind="matrix")
     with torch.no_grad():
-        matrix.Q.copy_(torch.diag(torch.tensor([1.0, 2.0, 0.0])))
-        matrix.P.copy_(torch.eye(3))
-    rates = torch.tensor([1.0, 2.0, 0.0])[None, :, None, None]
-    assert_close(matrix(delta, 3), delta * torch.exp(-3 * rates))
-    assert ExponentialDecay(3, kind="matrix")(delta, 0) is delta
+        matrix.Q.copy_(torch.tensor([[1.0, 2.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]]))
+        matrix.P.copy_(torch.diag(torch.tensor([1.0, 3.0, 1.0])))
+    mixed = torch.tensor([7.0, 3.0, 0.0])[None, :, None, None].expand(1, 3, 2, 2)  # QP (1, 1, 1)
+    assert_close(matrix(delta, 0), mixed)  # the mix is there at t = 0 too
+    assert_close(matrix(delta, 3), mixed * math.exp(-3))
+
+
+@quick
+@given(seed=st.integers(0, 999), tau=st.floats(0.5, 3))
+def test_learned_apart_q_and_p_mix_channels_and_still_decay(seed, tau):
+    """Q e^{tΣ/τ} P, not the exponential of -t QP/τ: whatever Q and P are, its size falls."""
+    torch.manual_seed(seed)
+    matrix = ExponentialDecay(4, tau, "matrix").double()
+    with torch.no_grad():
+        for p in matrix.parameters():
+            p.normal_()
+    sizes = [float(torch.linalg.matrix_norm(matrix.factor(t).detach(), 2)) for t in range(6)]
+    for t, size in enumerate(sizes):
+        assert size == pytest.approx(sizes[0] * math.exp(-t / tau))
+
+
+def test_the_residual_of_a_matrix_decay_is_that_of_the_mixed_step():
+    model = small(decay="matrix").eval()
+    with torch.no_grad():
+        model.decay.Q.normal_()
+        path = model.trajectory(images(), steps=3, states=True)
+        (phi, (h, y)) = model.map(images())
+        h, y = path.states[3], path.outputs[3]
+        new, _ = phi((h, y))
+    change = torch.cat([(new[k] - h[k]).flatten(1) for k in "uv"], 1).norm(dim=1)
+    size = torch.cat([h[k].flatten(1) for k in "uv"], 1).norm(dim=1)
+    assert len(path.residuals) == 3  # of h_0 … h_2; the next is that of the map at clock 0
+    longer = model.trajectory(images(), steps=4).residuals[3]
+    assert_close(longer, change / size)
 
 
 @quick
