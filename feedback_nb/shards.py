@@ -336,7 +336,7 @@ def windowed(
         order += part
     return order
 
-# %% ../nbs/98_shards.ipynb #c01324c3
+# %% ../nbs/98_shards.ipynb #512fea6d
 class PackedPhotos(Photos):
     """Photos in the shards that `pack` wrote, read by number."""
 
@@ -344,7 +344,7 @@ class PackedPhotos(Photos):
         self,
         folder: str | Path,  # with index.json and the shards
         n_classes: int = 1000,
-        window: int = 8,  # shards that are read from at a time, where the order may be chosen
+        window: int = 8,  # shards that `order` mixes
         cache: str | Path | None = None,  # a fast disk that shards are copied to as a whole
         **options,  # of `Photos`
     ):
