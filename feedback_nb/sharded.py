@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as parts
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import distributed, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -103,6 +102,8 @@ def train_sharded(
     **options,  # of `open_split`
 ) -> list[float]:  # the loss of this process at each step of this call
     """Train a recipe whose network is cut over the processes that torchrun started."""
+    from safetensors.torch import save_file
+
     r, folder, gpu = recipe, Path(checkpoint), torch.cuda.is_available()
     if gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
