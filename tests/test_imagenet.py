@@ -357,6 +357,7 @@ WIDE = [name for name in RECIPES if "alexnet" in name]  # 60 million weights eac
 SOME = ["cbl-alexnet", "lrm3-alexnet", "caps-alexnet"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [[name for name in RECIPES if name not in WIDE], SOME],
                          ids=["most", "alexnet"])
 def test_every_recipe_takes_some_steps_on_two_processes(photos, tmp_path, names):
