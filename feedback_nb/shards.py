@@ -18,7 +18,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
 
 from .checks import need_equal, need_known, need_number
@@ -291,6 +290,8 @@ def pack(
 # %% ../nbs/98_shards.ipynb #a18683ef
 def _write_index(folder, photos):
     """Where each photo begins, and how long it is, read back from the shards themselves."""
+    from safetensors.torch import save_file  # here: importing the package loads torch alone
+
     shards, rows, kept = sorted(folder.glob("shard-*.tar")), [], set()
     for k, path in enumerate(shards):
         with tarfile.open(path) as tar:
@@ -336,7 +337,7 @@ def windowed(
         order += part
     return order
 
-# %% ../nbs/98_shards.ipynb #c01324c3
+# %% ../nbs/98_shards.ipynb #512fea6d
 class PackedPhotos(Photos):
     """Photos in the shards that `pack` wrote, read by number."""
 
@@ -344,10 +345,12 @@ class PackedPhotos(Photos):
         self,
         folder: str | Path,  # with index.json and the shards
         n_classes: int = 1000,
-        window: int = 8,  # shards that are read from at a time, where the order may be chosen
+        window: int = 8,  # shards that `order` mixes
         cache: str | Path | None = None,  # a fast disk that shards are copied to as a whole
         **options,  # of `Photos`
     ):
+        from safetensors.torch import load_file
+
         folder = Path(folder)
         about = _checked_index(folder, n_classes)
         self.folder, self.window, self.cache = folder, window, cache and Path(cache)

@@ -30,8 +30,9 @@ from . import checkpoints
 from .checkpoints import CheckpointError, load_checkpoint, refuse
 from .checks import need_known, need_number
 from .feedback import FeedbackModel, stepwise_loss
-from .files import locked
+from .files import locked, remove_leftovers
 from .order import batch_order, batches, checked_data, kept_random_state, seed_all
+from .records import code_state, made_by
 
 _all_ = ["CheckpointError", "load_checkpoint", "batch_order", "batches", "kept_random_state",
          "seed_all"]
@@ -524,7 +525,8 @@ class Run:
         self.schedule = make_schedule(self.optimizer, schedule, self.epochs * self.n_batches)
         self.scaler = torch.amp.GradScaler(self.device.type) if self.precision == "fp16" else None
         self.settings = _settings(self, groups, schedule) if self.folder else {}
-        self.provenance = checkpoints.provenance() if self.folder else {}
+        threads, where = torch.get_num_threads(), str(self.device)
+        self.made = made_by(code_state(), where, threads) if self.folder else {}
         self.called = _spread(self)
 
     def autocast(self):
@@ -561,7 +563,7 @@ def _frozen_norms(model):
 
 def _spread(run):
     """What is called in training, spread over the processes where there are several."""
-    if run.world == 1:
+    if run.world == 1 or checkpoints.is_sharded(run.model):
         return run.called
     if run.local:
         for tensor in [*run.model.parameters(), *run.model.buffers()]:
@@ -650,6 +652,7 @@ def _gradients(run, x, y, share):
     if run.scaler:
         run.scaler.unscale_(run.optimizer)
     norm = nn.utils.get_total_norm([p.grad for p in run.parameters if p.grad is not None])
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of fully_shard
     return [*scores.tolist(), float(norm)], (loss_of, hits_of) if share else (0, 0)
 
 # %% ../nbs/03_training.ipynb #0ea42173
@@ -792,38 +795,40 @@ def _finish_epoch(run, place, began):
     if place.best is None or score > place.best["score"]:
         place.best = {"name": f"step-{place.step:09d}", "epoch": row["epoch"], "score": score}
 
-# %% ../nbs/03_training.ipynb #a7a229ae
+# %% ../nbs/03_training.ipynb #d664ba18
 def _save(run, place):
     """Write a checkpoint of this moment; keeps the newest two and the best."""
     if run.folder is None:
         return
     sums = run.summed(place.sums)
+    weights, optimizer = checkpoints.states(run.model, run.optimizer)
     if run.rank:
         return
     now = checkpoints.describe_model(run.model)
     about = {"format": checkpoints.FORMAT, **asdict(place), "sums": sums, "settings": run.settings,
              "changed": [key for key, value in now.items() if value != run.settings.get(key)],
-             **run.provenance}
-    state = {"optimizer": run.optimizer.state_dict(),
+             "made": run.made}
+    state = {"optimizer": optimizer,
              "schedule": run.schedule and run.schedule.state_dict(),
              "scaler": run.scaler and run.scaler.state_dict(),
              "callbacks": [c.state_dict() for c in run.callbacks if hasattr(c, "state_dict")]}
     path, text = run.folder / f"step-{place.step:09d}", json.dumps(about, indent=1)
     checkpoints.write_checkpoint(path, {
-        "model.safetensors": functools.partial(checkpoints.write_weights, run.model),
+        "model.safetensors": functools.partial(checkpoints.write_weights, weights),
         "state.pt": functools.partial(torch.save, state),
         "run.json": lambda path: path.write_text(text)})
     if len(checkpoints.saved(run.folder)) < 3:  # what cannot be read back should be known now
         checkpoints.read_state(path)
     checkpoints.prune(run.folder)
 
-# %% ../nbs/03_training.ipynb #0a52a708
+# %% ../nbs/03_training.ipynb #19dbd8e5
 def _resume(run, resume, bound):
     """Where the newest intact checkpoint left off; without one the start, which is saved."""
     if run.folder is None:
         return Place()
     if run.rank == 0:
-        checkpoints.sweep(run.folder)
+        run.folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(run.folder / "step-*")
     run.summed([0.0])  # wait for all
     if not (found := checkpoints.saved(run.folder)):
         run.summed([0.0])  # all have looked
@@ -835,14 +840,14 @@ def _resume(run, resume, bound):
     about = checkpoints.read_run(path)
     checkpoints.need_same_run(path, about, run.settings, bound)
     run.settings = about["settings"] | {"epochs": run.epochs}
-    checkpoints.read_weights(run.model, path / "model.safetensors")
     state = checkpoints.read_state(path)
+    checkpoints.restore(run.model, run.optimizer, path, state["optimizer"])
     kept = [callback for callback in run.callbacks if hasattr(callback, "load_state_dict")]
     if len(kept) != len(state["callbacks"]):
         there = f"has {len(state['callbacks'])} callbacks with a state, not {len(kept)}"
         refuse(path, there, "give the same callbacks")
-    states = [state["optimizer"], state["schedule"], state["scaler"], *state["callbacks"]]
-    for part, numbers in zip([run.optimizer, run.schedule, run.scaler, *kept], states):
+    states = [state["schedule"], state["scaler"], *state["callbacks"]]
+    for part, numbers in zip([run.schedule, run.scaler, *kept], states):
         if part is not None:
             part.load_state_dict(numbers)
     place = Place(**{name: about[name] for name in Place.__dataclass_fields__})

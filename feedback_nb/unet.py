@@ -263,7 +263,7 @@ class FeedbackLoop(FeedbackModel):
         need_number(0, whole=True, steps=T)
         restart = (restart,) if isinstance(restart, int) else tuple(restart)
         need_number(0, restart=min(restart, default=0))
-        first = max(0, T - n) if isinstance(n, int) else 0
+        first = max(0, int(T) - n) if isinstance(n, int) else 0
         return super().trajectory(x, steps=T, restart=restart, first=first, **options)
 
 # %% ../nbs/20_unet.ipynb #ec52e8a3

@@ -767,3 +767,17 @@ def test_bad_input_to_architectures_is_named(make, error, message):
 class Take(nn.Module):
     def forward(self, pair):
         return pair[0][:, 0]
+
+
+def test_a_factory_may_know_of_another_size_of_the_context():
+    class Other(nn.Module):
+        def __init__(self, channels, context_dim):
+            super().__init__()
+            self.gate = nn.Linear(4, channels)
+
+        def forward(self, h, z):
+            return h * self.gate(z)[..., None, None]
+
+    context = nn.Linear(10, 4)
+    model = CBL(cnn(3, width=2), ["stage1"], example=X, adapter=Other, context=context)
+    assert model(X).shape == (1, 10)

@@ -81,9 +81,9 @@ OTHERS = {
     "dropout": (dict(model=lambda: Active(dropout=0.2)), "model.drop.p: 0.1 then, 0.2 now"),
     "dtype": (dict(model=lambda: Active().double(), data=DOUBLE), "types of numbers"),
     "frozen": (dict(model=lambda: frozen(Active())), "not trained"),
-    "another lambda": (dict(augment=lambda x: x + 1.0), "augment"),
+    "another function": (dict(augment=lambda x: x + 1.0), "augment"),
     "a closure's number": (dict(augment=scaled(2.0)), "augment"),
-    "a loss of the same name": (dict(loss=lambda o, y: 2 * F.cross_entropy(o, y)), "loss"),
+    "a loss": (dict(loss=lambda o, y: 2 * F.cross_entropy(o, y)), "loss"),
     "class weights": (dict(loss=weighted(3.0)), "loss"),
     "schedule": (dict(schedule=lambda optimizer: STEP(optimizer, gamma=0.3)), "schedule"),
 }
@@ -100,6 +100,15 @@ def test_another_run_is_refused_by_name(tmp_path, what):
     go(**FIRST)  # the same one is not
     with pytest.raises(CheckpointError, match=named):
         go(**FIRST | changed)
+
+
+def test_two_lambdas_are_two_functions(tmp_path):
+    for name, first, second in [
+        ("augment", lambda x: x * 1.0, lambda x: x * 1.5),
+        ("loss", lambda o, y: F.cross_entropy(o, y), lambda o, y: 2 * F.cross_entropy(o, y))]:
+        run(build(), epochs=1, checkpoint=tmp_path / name, **{name: first})
+        with pytest.raises(CheckpointError, match=f"{name}:.*<lambda>"):
+            run(build(), epochs=1, checkpoint=tmp_path / name, **{name: second})
 
 
 @pytest.mark.parametrize(("options", "named"), [

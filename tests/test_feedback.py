@@ -422,3 +422,14 @@ def test_many_wraps_of_a_network_leave_one_hook_a_layer_and_keep_no_model_alive(
         model.net.load_state_dict(plain.state_dict())
         mean = model.net.stage3[1].running_mean
         assert torch.equal(model.statistics.of("net/stage3/1", 1)[0], mean) and mean.any()
+
+
+def test_the_map_of_a_time_uses_the_statistics_of_its_pass():
+    model, x = normed().train(), photos()
+    model(x)
+    with torch.no_grad():
+        path = model.eval().trajectory(x)
+        state = model.map(x)[1]
+        for t in (0, 1):
+            state = model.map(x, t)[0](state)
+            assert torch.equal(state[1], path.outputs[t + 1])

@@ -140,8 +140,9 @@ CONTRACT = {
     "long_sequences": {"listops": ["n", "n_tokens", "seed"], "pathfinder": ["n", "size", "seed"],
                        "grey_pixels": ["name"], "SequenceClassifier": ["vocabulary", "n_tokens",
                            "n_classes"]},
-    "evaluation": {"compare": ["factories", "data", "seeds"], "cost": ["model", "example"],
-                   "noise_curve": [], "fgsm_curve": [], "pgd_curve": []},
+    "evaluation": {"compare": ["factories", "data", "seeds"]},
+    "cost": {"cost": ["model", "example"]},
+    "robustness": {"noise_curve": [], "fgsm_curve": [], "pgd_curve": []},
 }
 
 
@@ -150,6 +151,14 @@ def test_public_names_and_parameters(module, name):
     loaded = importlib.import_module(f"feedback_nb.{module}")
     assert name in loaded.__all__
     assert set(CONTRACT[module][name]) <= set(inspect.signature(getattr(loaded, name)).parameters)
+
+
+def test_names_that_moved_are_found_where_they_were():
+    from feedback_nb import cost, evaluation, robustness
+
+    assert evaluation.cost is cost.cost
+    for name in CONTRACT["robustness"]:
+        assert getattr(evaluation, name) is getattr(robustness, name)
 
 
 def test_defaults_of_the_contract():

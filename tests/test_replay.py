@@ -628,3 +628,18 @@ def test_later_passes_follow_a_network_trained_alone_after_restart():
     model.statistics.restart()
     outputs = model.trajectory(x).outputs
     assert_close(outputs[2], outputs[0])
+
+
+def test_an_output_that_is_kept_and_written_into_is_kept_as_it_was():
+    for inplace in (False, True):
+        net, heard, memo = nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace), nn.Linear(6, 3)), [], {}
+        replay = Replay(net, ["0"], V)
+        for _ in range(2):
+            assert torch.equal(replay(V, memo, {"0": heard.append}), net(V))
+        assert all(torch.equal(h, net[0](V)) for h in heard) and (heard[0] < 0).any()
+
+
+def test_an_unrolled_view_has_a_whole_number_of_steps():
+    model = CBL(mlp(), ["1", "3"], example=V)
+    with pytest.raises(ValueError, match="steps"):
+        unrolled_view(model, -1)

@@ -289,6 +289,7 @@ def test_every_photo_comes_once_on_any_number_of_processes(tree, tmp_path, world
     assert sorted(i for part in parts for i in part) == list(range(15))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SAMPLE.is_dir(), reason="needs FEEDBACK_NB_DATA with imagenet-sample")
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_every_photo_of_the_sample_comes_once(world):

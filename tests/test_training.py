@@ -1104,6 +1104,54 @@ def test_processes_of_any_launcher_train_twice_and_leave_nothing(tmp_path):
         assert theirs == pytest.approx(mine, abs=2e-5, nan_ok=True)
 
 
+SHARDED = '''
+import json, os, sys
+sys.path.insert(0, sys.argv[2])
+import torch
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from test_training import StopAt, rows, run, sharded
+torch.set_num_threads(1)
+distributed.init_process_group("gloo")
+mesh, folder = init_device_mesh("cpu", (2,)), sys.argv[1] + "/run"
+def split(): return fully_shard(sharded(), mesh=mesh)
+whole = rows(run(split(), batch_size=15))
+try:
+    run(split(), batch_size=15, checkpoint=(folder, 2), callbacks=[StopAt(5)])
+except KeyboardInterrupt:
+    pass
+again = rows(run(split(), batch_size=15, checkpoint=(folder, 2)))
+if distributed.get_rank() == 0:
+    json.dump([whole, again], open(sys.argv[1] + "/out.json", "w"))
+distributed.destroy_process_group()
+'''
+
+
+def sharded():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def test_a_sharded_model_trains_and_resumes_as_a_whole_one(tmp_path):
+    (tmp_path / "script.py").write_text(SHARDED)
+    env = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC")}
+    args = [str(tmp_path / "script.py"), str(tmp_path), str(ROOT / "tests")]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(torchrun + args, capture_output=True, text=True, cwd=ROOT, timeout=300,
+                          env=env | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 0, done.stderr[-4000:]
+    whole, again = json.loads((tmp_path / "out.json").read_text())
+    assert whole == again
+    model = sharded()
+    for mine, theirs in zip(rows(run(model, batch_size=15)), whole, strict=True):
+        assert theirs == pytest.approx(mine, abs=2e-5)
+    other = sharded()
+    load_checkpoint(other, tmp_path / "run")
+    torch.testing.assert_close(weights(other), weights(model), atol=2e-5, rtol=1e-4)
+
+
 # ── housekeeping ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

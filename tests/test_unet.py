@@ -781,3 +781,14 @@ def test_the_lowest_level_of_the_smallest_image_is_not_dead():
             net.down[1](nn.functional.max_pool2d(net.down[0](images(3, 4, 4)), 2)), 2
         )
         assert h.shape[2:] == (1, 1) and net.down[2](h).std(0).max() > 1e-2
+
+
+def test_steps_may_be_numbers_of_numpy():
+    import numpy as np
+
+    model, x = small(backprop=1, steps=3), images()
+    one = gradient(model, x, (x[:, 0] > 0).long())
+    model.steps = np.int64(3)
+    assert_close(gradient(model, x, (x[:, 0] > 0).long()), one)
+    with pytest.raises(ValueError, match="steps"):
+        model.trajectory(x, steps=-1)

@@ -1,0 +1,367 @@
+"""The ImageNet command: recipes, estimates, kills, restarts and errors, all on small photos."""
+import functools
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torchvision.io import encode_jpeg
+
+from feedback_nb import recipes
+from feedback_nb.imagenet import Average, main, open_split, optimizer, rate, train
+from feedback_nb.recipes import RECIPES, Recipe, build, recipe
+from feedback_nb.scaling import GPUS, all_reduce, estimate, loss_of, pieces, saved_bytes, scaled
+from feedback_nb.training import History
+
+CLASSES = ("ant", "bee", "cat")
+SMALL = ["--classes", "3", "--size", "64", "--batch", "8", "--workers", "0", "--precision", "no"]
+
+
+def make_photos(root, train=7, val=3, classes=CLASSES, size=72):
+    chance = torch.Generator().manual_seed(0)
+    for split, n in (("train", train), ("val", val)):
+        for name in classes:
+            (root / split / name).mkdir(parents=True)
+            for i in range(n):
+                photo = torch.randint(0, 256, (3, size, size + i), generator=chance)
+                data = bytes(encode_jpeg(photo.to(torch.uint8)).numpy())
+                (root / split / name / f"{name}_{i}.JPEG").write_bytes(data)
+    return root
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return make_photos(tmp_path_factory.mktemp("photos"))
+
+
+def run(script, *args, world=0, restarts=0, check=True, **environ):
+    """Run Python code, with torchrun where `world` processes are asked for."""
+    words = [sys.executable, "-c", textwrap.dedent(script), *map(str, args)]
+    if world:
+        words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+                 str(world), "--max-restarts", str(restarts), "--no-python", *words]
+    environ = {key: str(value) for key, value in environ.items()}
+    done = subprocess.run(words, capture_output=True, text=True, timeout=900,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"} | environ)
+    assert not check or done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
+# ------------------------------------------------------------------ recipes
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_has_a_source_for_every_setting(name):
+    made, sources = recipe(name)
+    assert set(sources) == set(asdict(made))
+    assert "asked for" not in sources.values()
+
+
+def test_papers_say_what_they_say_and_the_rest_is_marked():
+    made, sources = recipe("cbl-resnet18")
+    assert (made.optimizer, made.lr, made.milestones, made.batch, made.epochs, made.steps) == (
+        "sgd", 0.1, (30, 60, 80), 256, 90, 4)
+    assert sources["lr"].startswith("CBL paper") and sources["augment"].startswith("ours")
+    made, sources = recipe("cbl-vit-b16")
+    assert (made.optimizer, made.lr, made.batch, made.epochs) == ("adamw", 1e-4, 1024, 90)
+    made, sources = recipe("lrm-alexnet")
+    assert (made.level, made.batch, made.epochs, made.weight_decay) == (3, 2048, 100, 5e-5)
+    assert sources["warmup"].startswith("LRM paper") and sources["lr"].startswith("ours")
+    assert not any("paper" in s for s in recipe("fftnet-vit-b16")[1].values())
+
+
+def test_settings_change_and_the_schedule_follows_the_epochs():
+    made, sources = recipe("cbl-resnet18", epochs=9, lr=0.5)
+    assert made.milestones == (3, 6, 8) and sources["lr"] == "asked for"
+    made, _ = recipe("cbl-resnet18", epochs=9, milestones=(5,))
+    assert made.milestones == (5,)
+    twin, _ = recipe("cbl-resnet18", method="plain")
+    assert replaced(twin) == replaced(recipe("cbl-resnet18")[0])
+
+
+def replaced(made):
+    return {k: v for k, v in asdict(made).items() if k not in ("method", "steps")}
+
+
+@pytest.mark.parametrize("name,changes,named", [
+    ("cbl-resnet-18", {}, "cbl-resnet18"), ("resnet18", {"epoch": 3}, "epochs"),
+    ("resnet18", {"method": "cpl"}, "cbl"), ("resnet18", {"optimizer": "adamx"}, "adamw"),
+    ("resnet18", {"epochs": 0}, "epochs"), ("vit-b16", {"sizes": (32, 64)}, "vit-b16")])
+def test_what_does_not_exist_is_refused_with_what_does(name, changes, named):
+    with pytest.raises(ValueError, match=named):
+        recipe(name, **changes)
+
+
+# ------------------------------------------------------------------ estimates
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if "h14" not in name])
+def test_every_recipe_can_be_estimated(name):
+    made, _ = recipe(name)
+    found = estimate(made, 8)
+    assert found.steps == made.epochs * -(-1_281_167 // made.batch)
+    assert found.memory < 0.9 * GPUS["h100"][1] and made.batch % (8 * found.micro) == 0
+    assert all(len(row) == 3 and all(row) for row in found.rows)
+
+
+def test_a_dry_run_of_the_largest_recipe_needs_less_than_four_gigabytes():
+    script = """
+        import resource
+        from feedback_nb.imagenet import main
+        assert main(["--recipe", "cbl-vit-h14", "--dry-run", "--devices", "64"]) == 0
+        print("KB", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"""
+    out = run(script).stdout
+    assert "parameters" in out and int(out.split()[-1]) < 4 * 2**20
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("name", ["resnet18", "cbl-resnet18", "lrm-resnet18", "convnext-t"])
+def test_memory_is_within_fifteen_percent_of_the_measured(name, precision):
+    batch, options = 8, {"classes": 10, "size": 64, "precision": precision, "ema": None}
+    made, _ = recipe(name, batch=batch, **options)
+    torch.manual_seed(0)
+    model, x, y = build(made), torch.rand(batch, 3, 64, 64), torch.zeros(batch).long()
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        saved = saved_bytes(model, x, y)  # of real tensors
+        loss_of(model, x, y).backward()
+    steps = optimizer(list(model.parameters()), made)
+    steps.step()
+    tensors = [t for p in model.parameters() for t in (p, p.grad) if t is not None]
+    tensors += [v for state in steps.state.values() for v in state.values() if torch.is_tensor(v)]
+    measured = saved + sum(t.numel() * t.element_size() for t in tensors)
+    assert estimate(made, 1, micro=batch).memory == pytest.approx(measured, rel=0.15)
+
+
+def test_a_batch_that_does_not_divide_is_refused_with_one_that_does():
+    assert pieces(256, 8, None) == 1 and pieces(256, 8, 8) == 4
+    for batch, devices, micro in ((256, 3, None), (256, 8, 12), (4, 8, None)):
+        with pytest.raises(ValueError, match="--batch"):
+            pieces(batch, devices, micro)
+
+
+def test_rings_and_hours_by_hand():
+    assert all_reduce(1000, 1)[0] == 0 and all_reduce(1000, 2)[0] == 4000
+    row, = scaled(recipe("resnet18", epochs=1, batch=8)[0], [1], utilisation=0.5, photos=8000,
+                  readers=80.0)
+    assert row["reading"] == pytest.approx(100 / 3600) and row["hours"] == row["reading"]
+    work = 2 * 3 * 1_814_073_344 * 8000 / (989e12 * 0.5) / 3600
+    assert row["computing"] == pytest.approx(work, rel=1e-3)
+
+
+# ------------------------------------------------------------------ parts of a run
+
+def test_rates_are_those_of_the_papers():
+    made, _ = recipe("lrm-alexnet")
+    points = [rate(epoch * 7, made, 7) for epoch in (0, 15, 57.5, 100)]
+    assert points == pytest.approx([1e-4, 1, 0.5, 0], abs=1e-9)
+    made, _ = recipe("vit-b16")
+    assert rate(15, made, 1) == pytest.approx(0.5, abs=1e-3) and rate(30, made, 1) == 1
+
+
+def test_norms_and_biases_do_not_decay():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    for name, kind in {"sgd": torch.optim.SGD, "adam": torch.optim.Adam,
+                       "adamw": torch.optim.AdamW}.items():
+        made = optimizer(list(net.parameters()), Recipe(optimizer=name, weight_decay=0.1))
+        assert type(made) is kind
+        assert [(g["weight_decay"], len(g["params"])) for g in made.param_groups] == [
+            (0.1, 1), (0.0, 3)]
+
+
+def test_an_average_survives_its_state_dict():
+    net, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    kept, back = Average(net, 0.5), Average(other, 0.5)
+    kept.after_step(net)
+    back.load_state_dict(kept.state_dict())
+    nn.init.ones_(net.weight)
+    for average in (kept, back):
+        average.after_step(net)
+    torch.testing.assert_close(kept.average.module.weight, back.average.module.weight)
+
+
+def test_splits_are_shown_as_the_recipe_says(photos):
+    made, _ = recipe("resnet18", classes=3, size=56, epochs=4, sizes=(32, 48), mixup=0.2)
+    split = open_split(photos, "train", made)
+    x, y = split.__getitems__([0, 9])
+    assert x.shape == (2, 3, 32, 32) and y.shape == (2, 3)
+    split.set_epoch(3)
+    assert split.__getitems__([0, 9])[0].shape == (2, 3, 48, 48)
+    x, y = open_split(photos, "val", made).__getitems__([0, 8])
+    assert x.shape == (2, 3, 56, 56) and y.tolist() == [0, 2]
+
+
+# ------------------------------------------------------------------ whole runs
+
+def weights(folder):
+    return (Path(folder) / "weights.safetensors").read_bytes()
+
+
+def test_a_run_and_its_packed_twin_and_a_second_call(photos, tmp_path, capsys):
+    where = ["--data", str(photos), "--checkpoint", str(tmp_path / "run")]
+    how = ["--recipe", "cbl-resnet18", "--epochs", "2", "--ema", "0.9", "--clip", "1", *SMALL]
+    assert main([*how, *where]) == 0
+    first, history = weights(tmp_path / "run"), History.read(tmp_path / "run")
+    assert len(history) == 2 and history.frame["train_loss"].notna().all()
+    assert main([*how, *where]) == 0 and weights(tmp_path / "run") == first
+    for key, value in (("--lr", "0.2"), ("--method", "plain"), ("--size", "48")):
+        assert main([*how, *where, key, value]) == 1
+        assert key.strip("-") in capsys.readouterr().err
+    assert main(["--classes", "3", "--data", str(photos), "--pack", str(tmp_path / "packed")]) == 0
+    packed = ["--data", str(tmp_path / "packed"), "--checkpoint", str(tmp_path / "packed_run")]
+    assert main([*how, *packed]) == 0
+    assert len(History.read(tmp_path / "packed_run")) == 2
+
+
+@pytest.mark.parametrize("compile,micro", [("eager", None), (False, 4)])
+def test_compiled_and_in_pieces_the_losses_are_the_same(photos, tmp_path, monkeypatch, compile,
+                                                        micro):
+    small = functools.partial(recipes.FFTNetViT, dim=32, depth=2, heads=2)  # no batch norm
+    monkeypatch.setattr(recipes, "FFTNetViT", small)
+    made, _ = recipe("fftnet-vit-b16", classes=3, size=32, batch=8, epochs=2, precision="no",
+                     mixup=0.0, cutmix=0.0)
+    _, plain = train(made, photos, tmp_path / "a")
+    _, other = train(made, photos, tmp_path / "b", micro, compile)
+    for key in ("train_loss", "valid_loss"):
+        assert plain.frame[key].tolist() == pytest.approx(other.frame[key].tolist(), rel=1e-4)
+
+
+ERRORS = {
+    "class folder": (["--classes", "4"], "4"), "imagenet": (["--classes", "1000"], "n01440764"),
+    "batch": (["--micro", "3"], "--batch"), "recipe": (["--recipe", "resnet19"], "resnet18"),
+    "data": (["--data", "/nowhere"], "nowhere"), "setting": (["--augment", "crops"], "crop")}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_bad_input_is_named_before_the_first_step(photos, tmp_path, capsys, case):
+    more, named = ERRORS[case]
+    where = ["--data", str(photos), "--checkpoint", str(tmp_path / "run")]
+    assert main(["--recipe", "resnet18", *SMALL, *where, *more]) == 1
+    assert named in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_classes_that_differ_between_the_splits_are_refused(tmp_path, capsys):
+    make_photos(tmp_path / "photos")
+    (tmp_path / "photos" / "val" / "cat").rename(tmp_path / "photos" / "val" / "cow")
+    where = ["--data", str(tmp_path / "photos"), "--checkpoint", str(tmp_path / "run")]
+    assert main(["--recipe", "resnet18", *SMALL, *where]) == 1
+    assert "cow" in capsys.readouterr().err
+
+
+def test_a_damaged_photo_stops_or_is_skipped_and_counted(tmp_path, capsys):
+    make_photos(tmp_path / "photos")
+    path = tmp_path / "photos" / "train" / "bee" / "bee_1.JPEG"
+    path.write_bytes(path.read_bytes()[:200])
+    where = ["--data", str(tmp_path / "photos"), "--checkpoint", str(tmp_path / "run")]
+    how = ["--recipe", "resnet18", "--epochs", "1", *SMALL, *where]
+    assert main(how) == 1 and "bee_1.JPEG" in capsys.readouterr().err
+    assert main([*how, "--corrupt", "skip"]) == 0
+    out = capsys.readouterr().out
+    assert "1 damaged" in out and "bee_1.JPEG" in out
+
+
+KILLED = """
+import os, signal, sys
+from feedback_nb import recipes
+at, rank = [int(n) for n in os.environ.get("KILL", "").split()], os.environ.get("RANK", "0")
+attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", os.environ.get("ATTEMPT", 0)))
+steps = 0
+def after_step(self, model):
+    global steps
+    steps += 1
+    mine = rank == os.environ.get("WHO", "0")
+    if mine and attempt < len(at) and steps == at[attempt]:
+        os.kill(os.getpid(), signal.SIGKILL)
+imagenet.Sizes.after_step = after_step
+sys.exit(imagenet.main(sys.argv[1:]))
+"""
+
+
+def killable(photos, folder):
+    return ["--recipe", "lrm-resnet18", "--epochs", "2", "--sizes", "32,48", "--ema", "0.9", *SMALL,
+            "--batch", "7", "--every", "1", "--data", str(photos), "--checkpoint", str(folder)]
+
+
+def test_killed_three_times_it_ends_with_the_same_weights(photos, tmp_path):
+    run(KILLED, *killable(photos, tmp_path / "whole"))
+    for attempt in range(3):
+        done = run(KILLED, *killable(photos, tmp_path / "cut"), check=False, KILL="2 1 2",
+                   ATTEMPT=attempt)
+        assert done.returncode == -9 and not (tmp_path / "cut" / "weights.safetensors").exists()
+    run(KILLED, *killable(photos, tmp_path / "cut"))
+    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+
+
+def test_a_rank_that_dies_is_started_again_and_the_end_is_the_same(photos, tmp_path):
+    # 21 photos in batches of 7 over two processes: shares of four and three
+    how = [w if w != "7" else "8" for w in killable(photos, tmp_path / "whole")]
+    run(KILLED, *how, world=2)
+    how = [w if w != "7" else "8" for w in killable(photos, tmp_path / "cut")]
+    run(KILLED, *how, world=2, restarts=3, KILL="2 3", WHO=1)
+    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+    assert len(list((tmp_path / "cut").glob("recipe.json"))) == 1
+
+
+def test_a_run_goes_on_with_another_number_of_processes(photos, tmp_path):
+    how = [w if w != "7" else "8" for w in killable(photos, tmp_path / "run")]
+    assert run(KILLED, *how, check=False, KILL="4").returncode == -9
+    run(KILLED, *how, world=2)
+    history = History.read(tmp_path / "run").frame
+    assert len(history) == 2 and history["train_loss"].notna().all()
+
+
+def test_a_full_disk_loses_no_more_than_a_checkpoint(photos, tmp_path, monkeypatch, capsys):
+    how = killable(photos, tmp_path / "run")
+    assert main(killable(photos, tmp_path / "whole")) == 0
+    calls, torch_save = [], torch.save
+
+    def full(*args, **options):
+        calls.append(args)
+        if len(calls) == 4:
+            raise OSError(28, "No space left on device")
+        return torch_save(*args, **options)
+
+    monkeypatch.setattr(torch, "save", full)
+    assert main(how) == 1 and "No space left" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert main(how) == 0
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+
+
+EVERY = """
+import functools, json, sys
+from pathlib import Path
+from torchvision.models import VisionTransformer
+from feedback_nb import imagenet, recipes
+from feedback_nb.fftnet import FFTNetViT
+torchvision_net = recipes.torchvision_net
+def small(name, classes, **options):
+    if name.startswith("vit"):
+        return VisionTransformer(options["image_size"], 16, 2, 2, 32, 64, num_classes=classes)
+    return torchvision_net(name, classes, **options)
+recipes.torchvision_net = small
+recipes.FFTNetViT = functools.partial(FFTNetViT, dim=32, depth=2, heads=2)
+photos, folder, *names = sys.argv[1:]
+for name in names:
+    r, _ = recipes.recipe(name, classes=3, size=96, batch=10, epochs=1, lr=1e-3)
+    _, history = imagenet.train(r, photos, Path(folder) / name, 5)
+    print(json.dumps([name, history.rows[-1]["valid_loss"], history.rows[-1]["valid_accuracy"]]))
+"""
+WIDE = [name for name in RECIPES if "alexnet" in name]  # 60 million weights each
+
+
+SOME = ["cbl-alexnet", "lrm3-alexnet", "caps-alexnet"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("names", [[name for name in RECIPES if name not in WIDE], SOME],
+                         ids=["most", "alexnet"])
+def test_every_recipe_takes_some_steps_on_two_processes(photos, tmp_path, names):
+    out = run(EVERY, photos, tmp_path, *names, world=2).stdout
+    rows = [json.loads(line) for line in out.splitlines() if line.startswith('["')]
+    assert {row[0] for row in rows} == set(names)
+    assert all(loss < 50 and 0 <= hits <= 1 for _, loss, hits in rows)

@@ -1,0 +1,68 @@
+"""A network cut over processes: the same end as in data parallel, kills and other numbers."""
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_imagenet import make_photos, run
+
+SCRIPT = """
+import json, os, signal, sys
+from pathlib import Path
+from torchvision.models import VisionTransformer
+from feedback_nb import imagenet, recipes, sharded
+recipes.torchvision_net = lambda name, classes, image_size: VisionTransformer(
+    image_size, 16, 2, 2, 32, 64, num_classes=classes)
+kind, method, photos, folder = sys.argv[1:]
+kill, rank = int(os.environ.get("KILL", 0)), os.environ["RANK"]
+r, _ = recipes.recipe("vit-h14", method=method, steps=2, classes=3, size=32, batch=8, epochs=2,
+                      precision="no", ema=None, optimizer="sgd", lr=0.1)
+if kind == "whole":
+    imagenet.train(r, photos, folder, 2)
+else:
+    steps = sharded.optimizer
+    def killing(parameters, recipe):
+        made, done = steps(parameters, recipe), []
+        def count(*_):
+            done.append(1)
+            if rank == "1" and len(done) == kill:
+                os.kill(os.getpid(), signal.SIGKILL)
+        made.register_step_post_hook(count)
+        return made
+    sharded.optimizer = killing
+    losses = sharded.train_sharded(r, photos, folder, 2 if os.environ["WORLD_SIZE"] == "2" else 4,
+                                   every=2)
+    if rank == "0":
+        print(json.dumps(losses))
+"""
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return make_photos(tmp_path_factory.mktemp("photos"), train=8)
+
+
+@pytest.mark.parametrize("method", ["plain", "cbl"])
+def test_cut_into_parts_it_ends_where_data_parallel_ends(photos, tmp_path, method):
+    run(SCRIPT, "whole", method, photos, tmp_path / "whole", world=2)
+    run(SCRIPT, "cut", method, photos, tmp_path / "cut", world=2)
+    whole, cut = (load_file(tmp_path / name / "weights.safetensors") for name in ("whole", "cut"))
+    shared = whole.keys() & cut.keys()
+    assert len(shared) > 20 and not [k for k in whole.keys() - cut.keys() if "weight" in k]
+    for key in shared:
+        torch.testing.assert_close(cut[key], whole[key], atol=2e-5, rtol=1e-3)
+
+
+def test_killed_and_cut_differently_it_goes_on(photos, tmp_path):
+    whole = run(SCRIPT, "cut", "plain", photos, tmp_path / "whole", world=2)
+    done = run(SCRIPT, "cut", "plain", photos, tmp_path / "cut", world=2, KILL=3, check=False)
+    assert done.returncode != 0
+    again = run(SCRIPT, "cut", "plain", photos, tmp_path / "cut", world=2)
+    assert json.loads(again.stdout.splitlines()[-1]) == json.loads(
+        whole.stdout.splitlines()[-1])[2:]
+    one, two = (load_file(tmp_path / name / "weights.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    for path in (tmp_path / "cut").glob("step-00000000[456]"):
+        (path / ".metadata").unlink()  # as a kill in the middle of writing leaves it
+    alone = run(SCRIPT, "cut", "plain", photos, tmp_path / "cut", world=1)
+    assert len(json.loads(alone.stdout.splitlines()[-1])) == 4
