@@ -60,7 +60,7 @@ class Paired(NamedTuple):
     high: float
     t: float  # mean / (std · √(1/n + shared)), std with n - 1
     p: float  # two-sided
-    wilcoxon_p: float  # two-sided, of the signed-rank test; with n pairs it cannot be below 2 / 2ⁿ
+    wilcoxon_p: float  # two-sided, signed ranks, at least 2 / 2ⁿ; knows nothing of `shared`
     d_z: float  # Cohen's d for pairs: mean / std of the differences
     r: float  # correlation of a and b; 0 when one of them has no spread
     welch_p: float  # two-sided, of Welch's test, which knows of no pairs
@@ -119,14 +119,14 @@ def paired(
     need_equal(len(b), n, "scores in b")
     need_number(2, **{"number of pairs": n})
     need_number(0, shared=shared)
-    rounding = 1e-12 * max(map(abs, a + b))
+    rounding, wider = 1e-12 * max(map(abs, a + b)), math.sqrt(1 + n * shared)
     differences = [x - y if abs(x - y) > rounding else 0.0 for x, y in zip(a, b)]
     differences = [float(f"{d:.10g}") for d in differences]  # so that equal ranks tie
     mean, loose = sum(differences) / n, [np.ptp(v) > rounding for v in (a, b)]
     wilcoxon = float(stats.wilcoxon(differences).pvalue) if any(differences) else 1.0
     r = float(np.corrcoef(a, b)[0, 1]) if all(loose) else 0.0
     same = 0.0 if mean else 1.0  # the p-value of differences without spread
-    spreads = [v for x in (a, b) for v in (np.mean(x), np.std(x, ddof=1), n)]
+    spreads = [v for x in (a, b) for v in (np.mean(x), wider * np.std(x, ddof=1), n)]
     welch = stats.ttest_ind_from_stats(*spreads, equal_var=False).pvalue if any(loose) else same
     if max(differences) - min(differences) <= rounding:
         if mean:
@@ -159,7 +159,7 @@ def holm(
 # %% ../nbs/04_evaluation.ipynb #f31061f8
 #| code-fold: true
 #| code-summary: "significance"
-def _summary(values: list[float], level: float) -> dict:
+def _summary(values: list[float], level: float, shared: float = 0.0) -> dict:
     """n, mean and, from two values on, std (n - 1) and the interval of the mean by Student's t."""
     from scipy import stats
 
@@ -167,7 +167,7 @@ def _summary(values: list[float], level: float) -> dict:
     if n < 2:
         return {"n": n, "mean": mean}
     std = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
-    half = float(stats.t.ppf((1 + level) / 2, n - 1)) * std / math.sqrt(n)
+    half = float(stats.t.ppf((1 + level) / 2, n - 1)) * std / math.sqrt(n / (1 + n * shared))
     return {"n": n, "mean": mean, "std": std, "low": mean - half, "high": mean + half}
 
 
@@ -190,7 +190,7 @@ def significance(
     need_number(1, **{f"runs of {name}": len(runs) for name, runs in scores.items()})
     rows, ps = {}, {}
     for name, runs in scores.items():
-        rows[name] = _summary([scale * v for v in _scores(runs.values(), name)], level)
+        rows[name] = _summary([scale * v for v in _scores(runs.values(), name)], level, shared)
         common = sorted(runs.keys() & scores[baseline].keys())
         if name != baseline and len(common) >= 2:
             mine, theirs = ([scale * r[s] for s in common] for r in (runs, scores[baseline]))

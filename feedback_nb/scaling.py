@@ -58,9 +58,11 @@ def saved_bytes(
     return sum(storage.nbytes() for storage in kept.values())
 
 # %% ../nbs/71_scaling.ipynb #c25f044d
-# dense bf16 operations (T4: fp16) a second and bytes of memory, as the vendor states them
-GPUS = {"h200": (989e12, 141e9), "h100": (989e12, 80e9), "a100": (312e12, 80e9),
-        "l4": (121e12, 24e9), "t4": (65e12, 16e9)}
+# as the vendor states them: dense bf16 operations (T4: fp16) a second, bytes of memory, and
+# float32 operations a second, without TF32
+GPUS = {"h200": (989e12, 141e9, 67e12), "h100": (989e12, 80e9, 67e12),
+        "a100": (312e12, 80e9, 19.5e12), "l4": (121e12, 24e9, 30.3e12),
+        "t4": (65e12, 16e9, 8.1e12)}
 PHOTOS, PHOTO_BYTES = 1_281_167, 110e3  # ImageNet's for training, and a JPEG of them
 _STATE = {"sgd": 1, "adam": 2, "adamw": 2}  # numbers that an optimiser keeps for each weight
 
@@ -111,6 +113,11 @@ def _static_bytes(recipe, model):
     return 8 * n + extra + 2 * n * half + kept[0] - 2 * slope, slope
 
 # %% ../nbs/71_scaling.ipynb #2e96e17c
+def _peak(recipe, gpu):
+    """Operations a second that a GPU is said to reach in the precision of a recipe."""
+    return GPUS[gpu][0 if recipe.precision == "bf16" else 2]
+
+
 def estimate(
     recipe: Recipe,
     devices: int = 1,
@@ -122,7 +129,7 @@ def estimate(
 ) -> Estimate:
     """Memory, steps and hours of a recipe, counted on shapes alone."""
     need_known(gpu, GPUS, "GPU of the table")
-    peak, room = GPUS[gpu]
+    peak, room = _peak(recipe, gpu), GPUS[gpu][1]
     model = build(recipe, "meta")
     n = count_parameters(model)
     macs = multiply_adds(model, torch.zeros(1, 3, recipe.size, recipe.size, device="meta"))
@@ -182,7 +189,7 @@ def scaled(
     rows, one = [], estimate(recipe, counts[0], **assumed)
     photos = assumed.get("photos", PHOTOS)
     readers = assumed.get("readers", 3000.0)
-    peak = GPUS[assumed.get("gpu", "h100")][0] * assumed.get("utilisation", 0.3)
+    peak = _peak(recipe, assumed.get("gpu", "h100")) * assumed.get("utilisation", 0.3)
     for n in counts:
         computing = one.work / (n * peak) / 3600
         reading = photos * recipe.epochs / (n * readers) / 3600

@@ -231,6 +231,22 @@ def test_splits_of_one_set_need_the_correction_of_nadeau_and_bengio():
     assert by_hand.t == pytest.approx(2 / math.sqrt(1 / 3 + 0.5)) and by_hand.d_z == 2
 
 
+def test_new_splits_widen_every_interval_and_every_test():
+    """Scores 11, 12, 13 and 9, 10, 11 by hand: each model has a spread of 1."""
+    from scipy import stats
+
+    scores = {"base": [9, 10, 11], "new": [11, 12, 13]}
+    scores["new"] = scores["new"][::-1]  # so that the differences are not all equal
+    table, error = significance(scores, shared=0.5), math.sqrt(1 / 3 + 0.5)
+    half = stats.t.ppf(0.975, 2) * error
+    assert table.loc["new", ["low", "high"]].tolist() == pytest.approx([12 - half, 12 + half])
+    # Welch: two equal spreads of three runs have 4 degrees of freedom
+    welch = 2 * stats.t.sf(2 / (math.sqrt(2) * error), 4)
+    assert table.loc["new", "welch_p"] == pytest.approx(welch)
+    assert significance(scores).loc["base", "high"] == pytest.approx(
+        10 + stats.t.ppf(0.975, 2) / math.sqrt(3))
+
+
 @pytest.mark.parametrize("seeds, examples, residual", [(5, 100, 0.3), (20, 60, 0.3), (4, 80, 0.0)])
 def test_the_crossed_interval_holds_the_gain_as_often_as_it_says(seeds, examples, residual):
     rng, held = np.random.default_rng(0), []

@@ -17,7 +17,7 @@ from feedback_nb import recipes
 from feedback_nb.imagenet import Average, main, open_split, optimizer, rate, train
 from feedback_nb.recipes import RECIPES, Recipe, build, recipe
 from feedback_nb.scaling import GPUS, all_reduce, estimate, loss_of, pieces, saved_bytes, scaled
-from feedback_nb.training import History
+from feedback_nb.training import History, evaluate
 
 CLASSES = ("ant", "bee", "cat")
 SMALL = ["--classes", "3", "--size", "64", "--batch", "8", "--workers", "0", "--precision", "no"]
@@ -152,6 +152,16 @@ def test_rings_and_hours_by_hand():
     assert row["computing"] == pytest.approx(work, rel=1e-3)
 
 
+def test_float32_is_timed_at_the_float32_peak_and_bf16_at_the_other():
+    for precision, peak in (("no", 8.1e12), ("bf16", 65e12)):
+        made, _ = recipe("resnet18", epochs=1, batch=8, precision=precision)
+        how = {"gpu": "t4", "utilisation": 0.5, "photos": 8000}
+        row, = scaled(made, [1], readers=1e9, **how)
+        work = 2 * 3 * 1_814_073_344 * 8000 / (peak * 0.5) / 3600
+        assert row["computing"] == pytest.approx(work, rel=1e-3)
+        assert estimate(made, readers=1e9, **how).hours == pytest.approx(work, rel=1e-3)
+
+
 # ------------------------------------------------------------------ parts of a run
 
 def test_rates_are_those_of_the_papers():
@@ -206,6 +216,14 @@ def test_a_run_and_its_packed_twin_and_a_second_call(photos, tmp_path, capsys):
     assert main([*how, *where]) == 0
     first, history = weights(tmp_path / "run"), History.read(tmp_path / "run")
     assert len(history) == 2 and history.frame["train_loss"].notna().all()
+    made, _ = recipe("cbl-resnet18", classes=3, size=64, batch=8, epochs=2, precision="no", ema=0.9,
+                     clip=1)
+    model, _ = train(made, photos, tmp_path / "run", workers=0)  # it is finished: the average
+    told = evaluate(model, open_split(photos, "val", made))
+    last = history.rows[-1]
+    assert [last[f"average_{k}"] for k in ("loss", "accuracy")] == pytest.approx(
+        [told["loss"], told["accuracy"]])
+    assert last["average_loss"] != last["valid_loss"]
     assert main([*how, *where]) == 0 and weights(tmp_path / "run") == first
     for key, value in (("--lr", "0.2"), ("--method", "plain"), ("--size", "48")):
         assert main([*how, *where, key, value]) == 1
@@ -266,7 +284,7 @@ def test_a_damaged_photo_stops_or_is_skipped_and_counted(tmp_path, capsys):
 
 KILLED = """
 import os, signal, sys
-from feedback_nb import recipes
+from feedback_nb import imagenet
 at, rank = [int(n) for n in os.environ.get("KILL", "").split()], os.environ.get("RANK", "0")
 attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", os.environ.get("ATTEMPT", 0)))
 steps = 0
