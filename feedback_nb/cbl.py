@@ -301,7 +301,9 @@ class CBL(_Blends):
             self.adapters[name] = _make_adapter(adapter, site, context_dim, flow)
         self.to(self.replay.device)
         self.context.to(self.replay.dtype), self.adapters.to(self.replay.dtype)
-        if context is not None and isinstance(adapter, str):  # a factory may know of another size
+        # a factory may know of another size, and a step of one's own may feed g something else
+        given = context is not None and isinstance(adapter, str)
+        if given and type(self).step is CBL.step:
             blank = torch.zeros(logits, device=self.replay.device, dtype=self.replay.dtype)
             with at_rest(context):
                 found = tuple(context(blank).shape)

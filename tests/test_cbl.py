@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.testing import assert_close
 
 from feedback_nb.cbl import (
+    Context,
     ADAPTERS,
     CBL,
     TokenAdapter,
@@ -781,3 +782,13 @@ def test_a_factory_may_know_of_another_size_of_the_context():
     context = nn.Linear(10, 4)
     model = CBL(cnn(3, width=2), ["stage1"], example=X, adapter=Other, context=context)
     assert model(X).shape == (1, 10)
+
+
+def test_a_step_of_ones_own_may_feed_the_context_something_else_than_the_logits():
+    class OfFeatures(CBL):
+        def step(self, x, state, t):
+            features = state.h[next(reversed(self.sites.values())).key]
+            return super().step(x, State(state.h, features, state.memo), t)
+
+    model = OfFeatures(cnn(3, width=2), example=X, context=Context(16, 64), steps=2)
+    assert model(X).shape == (len(X), 10)

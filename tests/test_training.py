@@ -420,7 +420,8 @@ def test_a_compiled_model_keeps_the_loss_of_every_step():
     ({"optimizer": "adamm"}, "adamw"), ({"schedule": "cos"}, "cosine"), ({"lr": -1.0}, "lr"),
     ({"epochs": 0}, "epochs"), ({"batch_size": 0}, "batch_size"), ({"seed": 0.5}, "seed"),
     ({"accumulate": 0}, "accumulate"), ({"checkpoint": ("run", 0)}, "between checkpoints"),
-    ({"loss": partial(F.cross_entropy, reduction="none")}, "reduction")], ids=str)
+    pytest.param({"loss": partial(F.cross_entropy, reduction="none")}, "reduction", id="loss")],
+    ids=str)
 def test_options_that_mean_nothing_are_refused(options, match):
     with pytest.raises(ValueError, match=match):
         run(build(), **options)
