@@ -106,7 +106,10 @@ def newest(folder: Path) -> Path:
 def prune(folder: Path) -> None:
     """Remove all checkpoints but the newest two and what these call the best."""
     paths = saved(folder)
-    best = {(read_run(path)["best"] or {}).get("name") for path in paths[:2]}
+    try:
+        best = {(read_run(path)["best"] or {}).get("name") for path in paths[:2]}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return  # one of the two is damaged, and nobody knows which it calls the best
     for path in paths[2:]:
         if path.name not in best:  # renamed first: half of one must not look like a checkpoint
             shutil.rmtree(path.rename(folder / f".{path.name}.old.tmp"), ignore_errors=True)
@@ -234,18 +237,24 @@ def _refuse_generator(what):
 
 def _library(code):
     """Does this code come with Python, an installed package or this one?"""
-    own = f"{__name__.rpartition('.')[0] or 'feedback_nb'}"
+    own = Path(seed_all.__code__.co_filename).parent  # a clone may bear the package's name too
     places = ("site-packages", "dist-packages", "<frozen", str(Path(inspect.__file__).parent))
-    return f"/{own}/" in code.co_filename or any(p in code.co_filename for p in places)
+    return Path(code.co_filename).parent == own or any(p in code.co_filename for p in places)
 
 
-def _code(code):
-    """What compiled code does, as text: no file, no line numbers, no docstring."""
+def _code(code, doc=None):
+    """What compiled code does, as text: no file, no line numbers, not the docstring `doc`."""
     consts = [_code(c) if isinstance(c, types.CodeType) else
               repr(sorted(map(repr, c)) if isinstance(c, frozenset) else c)
               for c in code.co_consts]
-    documented = bool(code.co_consts) and isinstance(code.co_consts[0], str)
+    documented = doc is not None and code.co_consts[:1] == (doc,)
     return f"{code.co_code.hex()} {code.co_names} {consts[documented:]}"
+
+
+def _names(code):
+    """The names that compiled code asks for, and the functions and generators inside it."""
+    inner = [_names(c) for c in code.co_consts if isinstance(c, types.CodeType)]
+    return list(dict.fromkeys(sum(inner, [*code.co_names])))
 
 
 def _short(text, keep=40):
@@ -260,11 +269,11 @@ def _function(fn, seen=()):
         return name
     cells = dict(zip(fn.__code__.co_freevars, fn.__closure__ or ()))
     cells = {k: cell.cell_contents for k, cell in cells.items() if cell != types.CellType()}
-    known = {k: fn.__globals__[k] for k in fn.__code__.co_names if k in fn.__globals__}
+    known = {k: fn.__globals__[k] for k in _names(fn.__code__) if k in fn.__globals__}
     plain = (int, float, str, tuple, torch.Tensor, types.FunctionType)
     known = {k: v for k, v in known.items() if isinstance(v, plain) or _is_own_generator(v)}
     parts = describe([fn.__defaults__, fn.__kwdefaults__, cells, known], seen)
-    return f"{name} {_hash(f'{_code(fn.__code__)}{parts}'.encode())}"
+    return f"{name} {_hash(f'{_code(fn.__code__, fn.__doc__)}{parts}'.encode())}"
 
 
 def _hash(content):
@@ -378,7 +387,7 @@ def describe_data(
         parts += [str(describe(held)) for held in _entries(part)]
         part = getattr(part, "dataset", None)
     some = torch.linspace(0, n - 1, min(n, 64)).long().tolist()
-    if _read(data, some[:1], seed) != _read(data, some[:1], seed):
+    if _read(data, some[:2], seed) != _read(data, some[:2], seed):  # a damaged one has a neighbour
         _refuse_generator("the data set, which differs when read again,")
     return f"{n} examples {_hash(' '.join([*parts, _read(data, some, seed)]).encode())}"
 

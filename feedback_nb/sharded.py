@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -53,10 +54,14 @@ def sharded(
 
 
 def save_parts(folder, model, optimizer, step):
-    """A checkpoint, each process its part; `.metadata` is written last and makes it whole."""
+    """A checkpoint, each process its part, whole with its `.metadata`; the newest two are kept."""
     model_state, optimizer_state = get_state_dict(model, optimizer)
     state = {"model": model_state, "optimizer": optimizer_state, "step": torch.tensor(step)}
     parts.save(state, checkpoint_id=folder / f"step-{step:09d}")
+    if distributed.get_rank() == 0:  # which writes `.metadata`, after the parts of all
+        for mark in sorted(folder.glob("step-*/.metadata"))[:-2]:
+            mark.unlink()  # first: half of a checkpoint must not look whole
+            shutil.rmtree(mark.parent)
 
 
 def load_parts(folder, model, optimizer):
@@ -75,13 +80,15 @@ def load_parts(folder, model, optimizer):
 def _step(model, x, y, share, cut, loss, recipe):
     """Gradients of one process's part of a batch, in pieces."""
     seen = 0.0
-    for k, (xs, ys) in enumerate(zip(x.chunk(cut), y.chunk(cut))):
+    for k, (xs, ys) in enumerate(zip(x.tensor_split(cut), y.tensor_split(cut))):
+        # a pass gathers the weights: as many in every process, and an empty piece counts 0
+        part = len(xs) / len(x)
+        xs, ys = (xs, ys) if part else (x[:1], y[:1])
         model.set_requires_gradient_sync(k + 1 == cut)
         if isinstance(model, FeedbackModel):
             value = stepwise_loss(model(xs, return_trajectory=True), ys, loss)
         else:
             value = loss(model(xs), ys)
-        part = len(xs) / len(x)
         (value * part * share * distributed.get_world_size()).backward()
         seen += float(value.detach()) * part
     for p in model.parameters():

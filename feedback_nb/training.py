@@ -53,7 +53,7 @@ def accuracy(
     if target.is_floating_point() or output.dim() != target.dim() + 1 or target.shape != expected:
         return torch.full((), float("nan"), device=output.device)
     found = output.argmax(1) if output.shape[1] > 1 else output[:, 0] > 0
-    right = (found == target) & ~output.amax(1).isnan()
+    right = (found == target) & (target != ignore) & ~output.amax(1).isnan()
     return right.to(_wide(output.device)).sum() / (target != ignore).sum()
 
 
@@ -606,7 +606,8 @@ def _backward(run, x, y, share):
             output = run.called(x)
             loss = run.loss(output, y)
     # DDP takes the mean over processes, the shares add up to one
-    scaled = _scalar(loss) * (share * run.world)
+    # without a label that counts the loss is 0 / 0: another way through, with the same gradient 0
+    scaled = (_scalar(loss) if share else output.mean()) * (share * run.world)
     (run.scaler.scale(scaled) if run.scaler else scaled).backward()
     return loss.detach(), accuracy(output.detach(), y, _cross_entropy(run.loss)[2])
 
@@ -632,11 +633,16 @@ def _gradients(run, x, y, share):
     backward, wide, scores = _local_backward if run.local else _backward, _wide(x.device), 0.0
     count = (lambda y: (len(y), len(y))) if run.local else functools.partial(_counts, run.loss)
     loss_of, hits_of = count(y)
+    total = loss_of
     if run.world > 1:
-        share = loss_of * (share > 0) / run.summed([loss_of * (share > 0)])[0]
-    pieces = list(zip(*(tensor.chunk(run.accumulate) for tensor in (x, y))))
+        total = run.summed([own := loss_of * (share > 0)])[0]
+        share = own / (total or 1.0)
+    # a pass gathers the weights of fully_shard: as many pieces in every process, some empty
+    split = "tensor_split" if checkpoints.is_sharded(run.model) else "chunk"
+    pieces = list(zip(*(getattr(tensor, split)(run.accumulate) for tensor in (x, y))))
     for k, (xs, ys) in enumerate(pieces):
         own_loss, own_hits = count(ys)
+        xs, ys = (xs, ys) if len(xs) else (x[:1], y[:1])
         part = own_loss / loss_of if loss_of else 0.0
         hits_part = own_hits / hits_of if hits_of else 0.0
         if loss_of and not part and run.world == 1:
@@ -644,7 +650,9 @@ def _gradients(run, x, y, share):
         waits = k + 1 < len(pieces) and hasattr(run.called, "no_sync")
         with run.called.no_sync() if waits else contextlib.nullcontext():
             loss, hits = backward(run, xs, ys, part * share)
-        scores = scores + torch.stack([loss.to(wide) * part, hits.to(wide) * hits_part])
+        values = torch.stack([loss.to(wide), hits.to(wide)])
+        counts = values.new_tensor([part, hits_part])  # NaN where no process has a label
+        scores = scores + torch.where(counts > 0, values * counts, 0 if total else math.nan)
     if run.local and run.world > 1:
         for p in run.parameters:
             if p.grad is not None:
@@ -830,8 +838,10 @@ def _resume(run, resume, bound):
         run.folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(run.folder / "step-*")
     run.summed([0.0])  # wait for all
-    if not (found := checkpoints.saved(run.folder)):
-        run.summed([0.0])  # all have looked
+    found = checkpoints.saved(run.folder)
+    if run.summed([float(bool(found))])[0] not in (0, run.world):  # all have looked
+        refuse(run.folder, "is not seen by every process", "use a folder that all machines share")
+    if not found:
         _save(run, place := Place())
         return place
     if not resume:

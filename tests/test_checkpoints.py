@@ -16,6 +16,7 @@ from test_training import TRAIN, VALID, Loop, assert_same, build, rows, run, toy
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
+from feedback_nb import checkpoints
 from feedback_nb.cbl import CBL
 from feedback_nb.training import CheckpointError, History, evaluate, load_checkpoint
 
@@ -109,6 +110,30 @@ def test_two_lambdas_are_two_functions(tmp_path):
         run(build(), epochs=1, checkpoint=tmp_path / name, **{name: first})
         with pytest.raises(CheckpointError, match=f"{name}:.*<lambda>"):
             run(build(), epochs=1, checkpoint=tmp_path / name, **{name: second})
+
+
+@pytest.mark.parametrize("one", [
+    "lambda b: sum(r['left'] for r in b)", "lambda b: sum(r['right'] for r in b)",
+    "lambda b: sum(r * A for r in b)", "lambda b: [lambda: r * B for r in b]"])
+def test_functions_that_differ_inside_are_told_apart(one):
+    known = {"A": 1, "B": 1, "__name__": "users"}
+    made = eval(one, known)
+    described, same = checkpoints.describe(made), checkpoints.describe(eval(one, known))
+    assert described == same
+    others = [eval(other, known | new) for other, new in [
+        (one.replace("left", "right"), {}), (one.replace("right", "left"), {}),
+        (one, {"A": 2}), (one, {"B": 2})]]
+    assert sum(checkpoints.describe(other) != described for other in others) == 1
+
+
+def test_a_users_file_in_a_folder_of_the_packages_name_is_the_users():
+    described = []
+    for factor in (1, 2):
+        known = {"__name__": "users"}
+        exec(compile(f"def f(x): return {factor} * x", "/feedback_nb/mine.py", "exec"), known)
+        described.append(checkpoints.describe(known["f"]))
+    assert described[0] != described[1]
+    assert checkpoints.describe(evaluate) == "feedback_nb.training.evaluate"  # the package's own
 
 
 @pytest.mark.parametrize(("options", "named"), [

@@ -1,4 +1,5 @@
 """What a user of `fit`, `evaluate` and their checkpoints relies on."""
+import contextlib
 import gc
 import inspect
 import json
@@ -6,10 +7,12 @@ import math
 import os
 import pickle
 import random
+import re
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -591,6 +594,8 @@ def test_an_accuracy_counts_neither_ignored_labels_nor_answers_that_are_none():
     assert accuracy(logits, torch.tensor([0, 1, 1, 0])).item() == 0.5
     assert accuracy(torch.tensor([[1.0], [-1.0], [2.0]]), torch.tensor([1, 0, 0])).item() == \
         pytest.approx(2 / 3)
+    ignored = torch.tensor([0, 0, 1, 0])  # the label that does not count is a class number too
+    assert accuracy(torch.tensor([[2.0, 0]] * 2 + [[0, 2.0]] * 2), ignored, 0).item() == 1.0
     data = TensorDataset(torch.eye(4), torch.tensor([0, 1, -100, 3]))
     for batch_size in (1, 3, 4):
         scores = evaluate(nn.Identity(), data, batch_size=batch_size)
@@ -774,6 +779,18 @@ def test_kill_9_at_twenty_random_moments_loses_nothing_that_was_saved(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     killed, resumed = (int(word) for word in done.stdout.split()[1::2])
     assert killed >= 12 and resumed >= 6
+
+
+def test_where_the_best_cannot_be_read_nothing_is_removed(tmp_path):
+    for k in range(4):
+        (tmp_path / f"step-{k:09d}").mkdir()
+        (tmp_path / f"step-{k:09d}" / "run.json").write_text('{"best": null}')
+    (tmp_path / "step-000000002" / "run.json").write_text('{"be')
+    checkpoints.prune(tmp_path)
+    assert len(checkpoints.saved(tmp_path)) == 4
+    (tmp_path / "step-000000002" / "run.json").write_text('{"best": {"name": "step-000000000"}}')
+    checkpoints.prune(tmp_path)
+    assert [int(path.name[5:]) for path in checkpoints.saved(tmp_path)] == [3, 2, 0]
 
 
 def test_the_newest_two_and_the_best_are_kept(tmp_path):
@@ -1036,6 +1053,48 @@ def test_out_of_memory_says_what_to_try():
 
 # ── several processes ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
+
+def stubbed(model, others, **options):
+    """A run as one of two processes sees it; the other one's part counts for `others`."""
+    loss = partial(F.cross_entropy, label_smoothing=0.1, weight=torch.tensor([1.0, 1.0, 0.0]))
+    parts = dict(model=model, called=model, local=False, world=2, rank=1, accumulate=2, loss=loss,
+                 weights="mean", scaler=None, autocast=contextlib.nullcontext,
+                 parameters=list(model.parameters()), summed=lambda v: [v[0] + others])
+    return SimpleNamespace(**parts | options)
+
+
+@pytest.mark.parametrize("cls", [partial(nn.Linear, 6, 3), Loop])
+@pytest.mark.parametrize("label", [-100, 2], ids=["ignored", "of weight 0"])
+def test_a_process_without_a_label_that_counts_takes_part_with_gradient_0(cls, label):
+    model, (x, y) = build(cls), TRAIN[:6]
+    (loss, _, norm), counts = training._gradients(
+        stubbed(model, 4), x, torch.full_like(y, label), 0.5)
+    assert (loss, norm) == (0.0, 0.0) and counts == (0, 0)
+    assert all(p.grad.eq(0).all() for p in model.parameters() if p.grad is not None)
+    # where no process has one, all of them know
+    (loss, *_), _ = training._gradients(stubbed(model, 0), x, torch.full_like(y, label), 0.5)
+    assert math.isnan(loss)
+
+
+def test_a_piece_without_a_label_that_counts_adds_nothing():
+    (x, y), grads = TRAIN[:6], []
+    y = torch.cat([torch.zeros_like(y[:3]), torch.full_like(y[3:], -100)])
+    for pieces in (1, 2):
+        model = build(nn.Linear, in_features=6, out_features=3)
+        (loss, hits, _), _ = training._gradients(stubbed(model, 0, accumulate=pieces), x, y, 0.5)
+        grads.append(torch.cat([model.weight.grad.flatten(), torch.tensor([loss, hits])]))
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("there", [0, 1])
+def test_a_folder_that_only_some_processes_see_is_refused(tmp_path, there):
+    for k in range(there):
+        (tmp_path / f"step-{k:09d}").mkdir()
+    seen = stubbed(build(), 1 - there, folder=tmp_path)
+    with pytest.raises(CheckpointError, match=re.escape(str(tmp_path))):
+        training._resume(seen, True, False)
+
+
 TWO = '''
 import json, os, sys
 sys.path.insert(0, sys.argv[3])
@@ -1106,15 +1165,15 @@ def test_processes_of_any_launcher_train_twice_and_leave_nothing(tmp_path):
 
 
 SHARDED = '''
-import json, os, sys
+import datetime, json, os, sys
 sys.path.insert(0, sys.argv[2])
-import torch
+import pytest, torch
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from test_training import StopAt, rows, run, sharded
 torch.set_num_threads(1)
-distributed.init_process_group("gloo")
+distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
 mesh, folder = init_device_mesh("cpu", (2,)), sys.argv[1] + "/run"
 def split(): return fully_shard(sharded(), mesh=mesh)
 whole = rows(run(split(), batch_size=15))
@@ -1123,6 +1182,10 @@ try:
 except KeyboardInterrupt:
     pass
 again = rows(run(split(), batch_size=15, checkpoint=(folder, 2)))
+# shares of 9 and 8 and of 3 and 2: chunks would be 3 and 4, and the processes wait for each other
+for size in (17, 5):
+    pieces = rows(run(split(), batch_size=size, accumulate=4))
+    assert pieces == [pytest.approx(row, abs=2e-5) for row in rows(run(split(), batch_size=size))]
 if distributed.get_rank() == 0:
     json.dump([whole, again], open(sys.argv[1] + "/out.json", "w"))
 distributed.destroy_process_group()
