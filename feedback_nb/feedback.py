@@ -282,7 +282,9 @@ class _Probed(_Loop):
 
     def check(self, x, outputs, **context):
         """`FloatingPointError` that names layer and step when an output is not finite."""
-        if not torch.stack([leaf.isfinite().all() for leaf in tensors(outputs)]).all():
+        with torch.no_grad():  # isfinite would keep every output for a backward pass
+            fine = torch.stack([leaf.isfinite().all() for leaf in tensors(outputs)]).all()
+        if not fine:
             raise FloatingPointError(find_non_finite(self, x, len(outputs) - 1, **context))
 
 # %% ../nbs/01_feedback.ipynb #66539c39

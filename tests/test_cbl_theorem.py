@@ -36,7 +36,7 @@ def lab():
     for source in cells:
         if source.startswith("import copy"):
             exec(source.replace("use_style()", ""), space)
-        elif re.match(r"(@torch|class |def |SIZES|TIMES)", source):
+        elif re.match(r"(#.*\n)*(@torch|class |def |SIZES|TIMES)", source):
             constant = lambda node: isinstance(node, ast.Assign) and getattr(
                 node.targets[0], "id", "").isupper()
             kept = [
