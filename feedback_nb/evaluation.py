@@ -119,7 +119,8 @@ def paired(
     need_equal(len(b), n, "scores in b")
     need_number(2, **{"number of pairs": n})
     need_number(0, shared=shared)
-    rounding, wider = 1e-12 * max(map(abs, a + b)), math.sqrt(1 + n * shared)
+    # what is equal but for rounding; below 1e-150 squares, and with them the spread, become 0
+    rounding, wider = max(1e-12 * max(map(abs, a + b)), 1e-150), math.sqrt(1 + n * shared)
     differences = [x - y if abs(x - y) > rounding else 0.0 for x, y in zip(a, b)]
     differences = [float(f"{d:.10g}") for d in differences]  # so that equal ranks tie
     mean, loose = sum(differences) / n, [np.ptp(v) > rounding for v in (a, b)]

@@ -9,12 +9,7 @@ from feedback_nb.feedback import FeedbackModel, State
 from feedback_nb.cost import cost, multiply_adds
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_cost_counts_what_fused_kernels_hide():
