@@ -13,12 +13,12 @@ import pickle
 import random
 import re
 import shutil
-import sys
 import time
 import types
 import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
@@ -68,11 +68,9 @@ def check_checkpoint(path: Path) -> Path:
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         for name, expected in manifest.items():
-            size = (path / name).stat().st_size
-            if size != expected["bytes"]:
-                refuse(path / name, f"is damaged ({size} of {expected['bytes']} bytes)", remedy)
-            if _digest(path / name) != expected:
-                refuse(path / name, "is damaged (its checksum differs)", remedy)
+            if (found := _digest(path / name)) != expected:
+                why = f"is damaged ({found['bytes']} of {expected['bytes']} bytes, or others)"
+                refuse(path / name, why, remedy)
     except FileNotFoundError as error:
         refuse(path, f"is incomplete ({Path(error.filename).name} is missing)", remedy)
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -143,7 +141,7 @@ def write_weights(model: nn.Module | dict, path: Path) -> None:
     try:
         (save_file if isinstance(model, dict) else save_model)(model, str(path))
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
-        why = f"cannot be saved as safetensors ({str(error).splitlines()[0][:60]})"
+        why = f"is nothing for safetensors ({str(error).splitlines()[0][:60]})"
         refuse(type(model).__name__, why, "clone tensors that share memory")
 
 
@@ -167,7 +165,7 @@ def read_weights(model: nn.Module, path: Path) -> None:
             refuse(path, why, "build the model as it was built then, or use another folder")
     load_model(model, path)
 
-
+# %% ../nbs/92_checkpoints.ipynb #0e713d05
 def is_sharded(model):
     """Was the model given to `torch.distributed.fsdp.fully_shard`?"""
     return any(hasattr(module, "unshard") for module in model.modules())
@@ -201,7 +199,7 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, path: Path, numb
         gather.set_optimizer_state_dict(model, optimizer, numbers, options=whole)
     gather.set_model_state_dict(model, load_file(path / "model.safetensors"), options=whole)
 
-
+# %% ../nbs/92_checkpoints.ipynb #2e66096a
 def load_checkpoint(
     model: nn.Module,  # built as it was for training; its weights are replaced where they are
     folder: str | Path,  # the `checkpoint` folder given to `fit`
@@ -223,11 +221,8 @@ def load_checkpoint(
 # %% ../nbs/92_checkpoints.ipynb #cf406e2b
 def _is_own_generator(thing):
     """A generator of random numbers, and none of those that `seed_all` sets."""
-    numpy, known = sys.modules.get("numpy"), [random._inst, torch.default_generator]
-    kinds = (torch.Generator, random.Random)
-    if numpy:
-        kinds += numpy.random.Generator, numpy.random.RandomState
-        known.append(numpy.random.mtrand._rand)
+    known = random._inst, torch.default_generator, np.random.mtrand._rand
+    kinds = torch.Generator, random.Random, np.random.Generator, np.random.RandomState
     return isinstance(thing, kinds) and not any(thing is shared for shared in known)
 
 
@@ -386,6 +381,8 @@ def describe_data(
     while part is not None:  # a Subset holds its indices, and the whole in `.dataset`
         parts += [str(describe(held)) for held in _entries(part)]
         part = getattr(part, "dataset", None)
+    if callable(own := getattr(data, "order", None)):  # as `batches` takes it
+        parts.append(describe(torch.as_tensor(own(seed, 0))))
     some = torch.linspace(0, n - 1, min(n, 64)).long().tolist()
     if _read(data, some[:2], seed) != _read(data, some[:2], seed):  # a damaged one has a neighbour
         _refuse_generator("the data set, which differs when read again,")

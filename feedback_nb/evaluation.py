@@ -22,8 +22,10 @@ from urllib.parse import quote
 import torch
 from torch import nn
 
+from . import training
 from .checks import need_equal, need_known, need_number
 from .cost import cost  # noqa: F401 (was here first)
+from .layers import device_of
 from .records import FORMAT, code_state, describe_data, describe_model
 from .records import find_record, made_by, merge_record, missing_runs, plain_setting
 from feedback_nb.robustness import (  # noqa: F401 (most were here first)
@@ -264,10 +266,7 @@ def _run(name: str, seed: int, factory: Callable, data, settings: dict, measure,
     """Build, train and test one model with one seed -> (row, history, device, threads)."""
     if threads:
         torch.set_num_threads(threads)
-    if fit is None or evaluate is None:
-        from feedback_nb import training
-
-        fit, evaluate = fit or training.fit, evaluate or training.evaluate
+    fit, evaluate = fit or training.fit, evaluate or training.evaluate
     train, valid, test = parts = _parts(data, seed)
     began = time.perf_counter()
     model, own = _build(name, factory, seed)
@@ -291,8 +290,7 @@ def _run(name: str, seed: int, factory: Callable, data, settings: dict, measure,
             "epochs": len(history), "train_seconds": seconds, "test_seconds": ended - trained,
             "wall_seconds": ended - began}
     past = {**who, **{c: history[c].tolist() for c in history}}
-    device = str(next((p.device for p in model.parameters()), "cpu"))
-    return _rounded(row), _rounded(past), device, torch.get_num_threads()
+    return _rounded(row), _rounded(past), str(device_of(model)), torch.get_num_threads()
 
 
 def _run_all(jobs: Sequence[tuple], workers: int):
@@ -401,7 +399,7 @@ class Comparison:
 #| code-fold: true
 #| code-summary: "compare and recorded"
 # these change where and how a run is made, not what comes out
-_NOT_SETTINGS = ("device", "progress", "resume", "tracker", "workers", "checkpoint_every")
+_NOT_SETTINGS = "device", "progress", "resume"
 
 
 def _plan(factories: Mapping, data, seeds: list[int], settings: dict, per_model: dict,

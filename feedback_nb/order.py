@@ -9,8 +9,9 @@ import contextlib
 import hashlib
 import math
 import random
-import sys
+from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
@@ -34,8 +35,7 @@ def seed_all(
     number = _hashed(4, key)
     random.seed(number)
     torch.default_generator.manual_seed(number)
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed(number)
+    np.random.seed(number)
     if torch.device(device).type != "cpu":
         getattr(torch, torch.device(device).type).manual_seed(number)
     return number
@@ -46,24 +46,25 @@ def kept_random_state(
     device: torch.device | str = "cpu",  # its generator is kept too (CUDA and XPU)
 ):  # a context manager
     """Put the generators of Python, NumPy and PyTorch back on leaving the block."""
-    device, numpy, before = torch.device(device), sys.modules.get("numpy"), random.getstate()
-    legacy = numpy.random.get_state() if numpy else None
+    device, before, legacy = torch.device(device), random.getstate(), np.random.get_state()
     devices = [device] if device.type in ("cuda", "xpu") else []
     with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
         try:
             yield
         finally:
             random.setstate(before)
-            if numpy:
-                numpy.random.set_state(legacy)
+            np.random.set_state(legacy)
 
 # %% ../nbs/96_order.ipynb #02815e55
 def batch_order(
     n: int,  # number of examples
-    batch_size: int,  # examples in a batch at most; all batches are of nearly equal size
+    batch_size: int,  # examples in a batch at most
     *,
-    seed: int = 0,  # with `epoch`, fixes the order
+    # with `epoch`, fixes the order of batches of nearly equal size; None: all but the last are full
+    seed: int | None = 0,
     epoch: int | None = None,  # None: the order of the data, not shuffled
+    # (seed, epoch) -> indices, for data with an order of their own, as few shards at a time
+    own: Callable | None = None,
 ) -> list[list[int]]:  # the indices of each batch
     """The batches of an epoch, a function of (seed, epoch) and of nothing else."""
     if n < 1:
@@ -71,11 +72,14 @@ def batch_order(
     need_number(1, whole=True, batch_size=batch_size)
     if epoch is None:
         order = torch.arange(n)
+    elif own is not None:
+        order = torch.as_tensor(own(seed, epoch))
     else:
         generator = torch.Generator().manual_seed(_hashed(7, (seed, "order", epoch)))
         order = torch.randperm(n, generator=generator)
     # equal shares: a last batch of one example would make batch normalisation fail
-    return [part.tolist() for part in order.tensor_split(math.ceil(n / batch_size))]
+    equal = order.tensor_split(math.ceil(n / batch_size))
+    return [part.tolist() for part in (order.split(int(batch_size)) if seed is None else equal)]
 
 # %% ../nbs/96_order.ipynb #754bc7de
 def checked_data(
@@ -108,8 +112,9 @@ class _Fetch(Dataset):
 
     def __getitems__(self, request):
         epoch, indices = request
-        # here and not once per worker: what is read then depends on no worker and no resumption
-        seed_all(self.seed, "fetch", epoch, indices[0])
+        if self.seed is not None:
+            # here and not once per worker: what is read depends on no worker and no resumption
+            seed_all(self.seed, "fetch", epoch, indices[0])
         if hasattr(self.dataset, "__getitems__"):
             items = self.dataset.__getitems__(indices)
         elif isinstance(self.dataset, TensorDataset):
@@ -127,7 +132,8 @@ def batches(
     data: Dataset | DataLoader,  # a Dataset of (input, target), or a DataLoader, taken as it is
     batch_size: int = 128,  # examples per batch, over all processes; not used for a DataLoader
     *,
-    seed: int = 0,  # fixes the order and everything random in the reading
+    # fixes the order and all that is random in the reading; None: no random number is set or drawn
+    seed: int | None = 0,
     epoch: int | None = None,  # None: the order of the data
     start: int = 0,  # batches of this epoch to leave out
     rank: int = 0,  # this process …
@@ -138,19 +144,26 @@ def batches(
     if isinstance(data, DataLoader):
         yield from _loader_batches(data, seed, epoch, start)
         return
-    order = batch_order(len(data), batch_size, seed=seed, epoch=epoch)[start:]
+    if epoch is not None and hasattr(data, "set_epoch"):
+        data.set_epoch(epoch)
+    own = data.order if callable(getattr(data, "order", None)) else None
+    order = batch_order(len(data), batch_size, seed=seed, epoch=epoch, own=own)[start:]
     # a process that gets no example of a batch takes part with weight 0: the others wait for it
     mine = [indices[rank::world] or indices[:1] for indices in order]
     shares = [len(indices[rank::world]) / len(indices) for indices in order]
     asked = [(epoch, indices) for indices in mine]
     workers = getattr(data, "workers", 0) if workers is None else workers
-    loader = DataLoader(_Fetch(data, seed), batch_sampler=asked, collate_fn=_as_it_is,
-                        num_workers=workers)
+    loader = DataLoader(  # without a seed it gets a generator, or it would draw from torch's
+        _Fetch(data, seed), batch_sampler=asked, collate_fn=_as_it_is, num_workers=workers,
+        generator=torch.Generator() if seed is None else None)
     for share, (indices, batch) in zip(shares, loader):
         yield indices, share, batch
 
 
 def _loader_batches(loader, seed, epoch, start):
+    if seed is None:
+        yield from ((None, 1.0, batch) for batch in map(_checked_pair, loader))
+        return
     sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
     if hasattr(sampler, "set_epoch"):
         sampler.set_epoch(epoch or 0)

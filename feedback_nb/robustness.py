@@ -16,9 +16,12 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from .checks import need_equal, need_known, need_number
 from .feedback import FeedbackModel
+from .layers import at_rest, device_of, kept_modes
+from .order import batches
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -30,33 +33,12 @@ __all__ = ['noise_curve', 'corruption_curve', 'attack', 'fgsm_curve', 'pgd_curve
 # %% ../nbs/07_robustness.ipynb #7d6aa265
 #| code-fold: true
 #| code-summary: "Batches, answers after every step, and their sums"
-def _batches(data, batch_size: int, device: torch.device):
-    """(x, y) batches on the device, in order, from a Dataset, a DataLoader or a pair of tensors."""
-    from torch.utils.data import DataLoader, TensorDataset, default_collate
-
-    if isinstance(data, (tuple, list)) and len(data) == 2 and all(map(torch.is_tensor, data)):
-        data = TensorDataset(*data)
-    if not isinstance(data, DataLoader):
-        need_number(1, **{"size of the data set": len(data)})
-        def whole(batch):  # a data set of this package hands over batches
-            return batch if isinstance(batch, tuple) else default_collate(batch)
-
-        # a generator of its own, or a loader draws from torch's
-        data = DataLoader(data, batch_size, collate_fn=whole, generator=torch.Generator())
-    for x, y in data:
-        yield x.to(device), y.to(device)
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module):
-    """Eval mode inside the block; every module's own mode after it. Gives the model's device."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield next((p.device for p in model.parameters()), torch.device("cpu"))
-    finally:
-        for module, mode in modes:
-            module.training = mode
+def _batches(data, batch_size: int, model: nn.Module):
+    """(x, y) batches where the model is, from a Dataset, a DataLoader or a pair of tensors."""
+    pair = isinstance(data, (tuple, list)) and len(data) == 2 and all(map(torch.is_tensor, data))
+    data = TensorDataset(*data) if pair else data
+    for _, _, (x, y) in batches(data, batch_size, seed=None):
+        yield x.to(device_of(model)), y.to(device_of(model))
 
 
 def _seeded(seed: int):
@@ -104,8 +86,9 @@ def _curve(model: nn.Module, data, column: str, levels: Sequence, changed: Calla
 
     need_number(1, **{f"values of {column}": len(levels)})
     totals = [0.0] * len(levels)
-    with _evaluating(model) as device:
-        for x, y in _batches(data, batch_size, device):
+    with kept_modes(model):
+        model.eval()
+        for x, y in _batches(data, batch_size, model):
             for i, x_changed in enumerate(changed(x, y)):
                 with torch.no_grad():
                     totals[i] = _sums(_outputs(model, x_changed, steps), y) + totals[i]
@@ -268,7 +251,8 @@ def attack(
     need_number(0, iterations=iterations)
     need_number(1, restarts=restarts)
     low, high = _limits(x, bounds)
-    with _evaluating(model):
+    with kept_modes(model):
+        model.eval()
         if iterations == 0:
             return (x + epsilon * _signs(model, x, y, steps, rescale)).clamp(low, high)
         _, PGD = _captum()
@@ -402,7 +386,6 @@ def masking_check(
 # %% ../nbs/07_robustness.ipynb #44f20988
 #| code-fold: true
 #| code-summary: "predictions, reliability and calibration"
-@torch.no_grad()
 def predictions(
     model: nn.Module,  # logits (B, C, …)
     data,  # Dataset of (x, y), DataLoader, or a pair of tensors
@@ -412,8 +395,8 @@ def predictions(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # logits (T + 1, N, C, …) and targets (N, …), on the CPU
     """The answers after every step (T = 0 for a plain network), and what they should have been."""
     logits, targets = [], []
-    with _evaluating(model) as device:
-        for x, y in _batches(data, batch_size, device):
+    with at_rest(model):
+        for x, y in _batches(data, batch_size, model):
             outputs = _outputs(model, x, steps)
             _need_finite(outputs)
             logits.append(torch.stack(outputs).float().cpu())
@@ -451,7 +434,6 @@ def reliability(
     return table[table["n"] > 0].reset_index(drop=True)
 
 
-@torch.no_grad()
 def calibration(
     model: nn.Module,  # logits (B, C, …)
     data,  # Dataset of (x, y), DataLoader, or a pair of tensors
@@ -465,8 +447,8 @@ def calibration(
 
     need_number(1, bins=bins)
     tables, sums = 0, 0
-    with _evaluating(model) as device:
-        for x, y in _batches(data, batch_size, device):
+    with at_rest(model):
+        for x, y in _batches(data, batch_size, model):
             outputs = _outputs(model, x, steps)
             tables = torch.stack([_binned(out, y, bins) for out in outputs]).cpu() + tables
             sums = torch.stack([_proper_scores(out.float(), y) for out in outputs]).cpu() + sums

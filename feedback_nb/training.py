@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import distributed, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data import DataLoader, Dataset
 
 from . import checkpoints
@@ -31,16 +31,17 @@ from .checkpoints import CheckpointError, load_checkpoint, refuse
 from .checks import need_known, need_number
 from .feedback import FeedbackModel, stepwise_loss
 from .files import locked, remove_leftovers
+from .layers import device_of, kept_modes
 from .order import batch_order, batches, checked_data, kept_random_state, seed_all
 from .records import code_state, made_by
 
-_all_ = ["CheckpointError", "load_checkpoint", "batch_order", "batches", "kept_random_state",
-         "seed_all"]
+_all_ = ["CheckpointError", "load_checkpoint", "batch_order", "batches", "kept_modes",
+         "kept_random_state", "seed_all"]
 
 # %% auto #0
-__all__ = ['OPTIMIZERS', 'SCHEDULES', 'INSTEAD', 'accuracy', 'kept_modes', 'evaluate', 'History', 'recalibrate', 'make_optimizer',
+__all__ = ['OPTIMIZERS', 'SCHEDULES', 'INSTEAD', 'accuracy', 'evaluate', 'History', 'recalibrate', 'make_optimizer',
            'make_schedule', 'Clip', 'first_non_finite', 'Place', 'Run', 'fit', 'CheckpointError', 'load_checkpoint',
-           'batch_order', 'batches', 'kept_random_state', 'seed_all']
+           'batch_order', 'batches', 'kept_modes', 'kept_random_state', 'seed_all']
 
 # %% ../nbs/03_training.ipynb #511e2a1e
 def accuracy(
@@ -76,13 +77,14 @@ def _cross_entropy(loss):
 def _counts(loss, target):
     """For how many examples a batch counts: (in the mean loss, in the accuracy)."""
     known, weight, ignore = _cross_entropy(loss)
-    if target.is_floating_point() or not target.numel():
-        return len(target), len(target)
-    counted, each = target != ignore, target.numel() / len(target)
-    labels = int(counted.sum())
-    if known and weight is not None:
-        return float(weight[target[counted]].double().sum()) / each, labels / each
-    return labels / each if known else len(target), labels / each
+    whole = labels = len(target)
+    if target.numel() and not target.is_floating_point():
+        counted, each = target != ignore, target.numel() / len(target)
+        labels = int(counted.sum()) / each
+        whole = labels if known else whole
+        if known and weight is not None:
+            whole = float(weight[target[counted]].double().sum()) / each
+    return float(loss.count(target)) if hasattr(loss, "count") else whole, labels
 
 
 def _scalar(loss):
@@ -129,10 +131,7 @@ def _filled(rows, other):
 
 def _to(device, batch):
     """The batch with its tensors on the device."""
-    def moved(leaf):
-        return leaf.to(device, non_blocking=True) if torch.is_tensor(leaf) else leaf
-
-    return tree_map(moved, batch)
+    return tree_map_only(torch.Tensor, lambda leaf: leaf.to(device, non_blocking=True), batch)
 
 
 def _uncompiled(model):
@@ -140,19 +139,6 @@ def _uncompiled(model):
     return getattr(model, "_orig_mod", model)
 
 # %% ../nbs/03_training.ipynb #8baf4094
-@contextlib.contextmanager
-def kept_modes(
-    model: nn.Module,  # the model
-):  # a context manager
-    """Put every module's own train/eval mode back on leaving the block."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield model
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
 @torch.no_grad()
 def evaluate(
     model: nn.Module,  # a FeedbackModel or any module from inputs to outputs
@@ -160,8 +146,10 @@ def evaluate(
     *,
     batch_size: int = 256,  # does not change the result
     steps: int | None = None,  # feedback steps T; None: the model's own
-    # (output, target) -> scalar, the mean over the batch; class weights of a cross entropy are
-    # seen in nn.CrossEntropyLoss(weight=…) and in partial(F.cross_entropy, weight=…) only
+    # (output, target) -> scalar, the mean over the batch. Batches count by their examples; by their
+    # weights in nn.CrossEntropyLoss(weight=…), in partial(F.cross_entropy, weight=…), and where a
+    # loss of your own has count(target), what its mean is divided by. Without that attribute a
+    # weighted mean inside your own function depends on the batch size
     loss=F.cross_entropy,
     metrics: dict | None = None,  # {name: fn(output, target) -> tensor}, averaged over the examples
     device=None,  # None: where the model's parameters are
@@ -173,7 +161,7 @@ def evaluate(
         raise ValueError(f"{type(model).__name__} is no FeedbackModel: leave steps={steps} out")
     metrics = metrics or {}
     if device is None:
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        device = device_of(model)
     else:
         model.to(device)
     with kept_modes(model), kept_random_state(device):
@@ -236,7 +224,7 @@ def recalibrate(
     norms = [norm for norm in norms if norm.track_running_stats]
     momenta = [norm.momentum for norm in norms]
     before = copy.deepcopy(model.state_dict())
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     try:
         with kept_modes(model), kept_random_state(device):
             model.eval()

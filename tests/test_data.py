@@ -22,6 +22,7 @@ import numpy as np
 import pooch
 import pytest
 import torch
+from conftest import write_tar
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -70,16 +71,6 @@ def photos(split, n=6, side=8, seed=0):
         )
         for i in range(n)
     }
-
-
-def write_tar(path, files, mode="w:gz"):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, mode) as tar:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return path
 
 
 def write_tree(folder, files):

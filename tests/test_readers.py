@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import write_tar
 from PIL import Image
 
 from feedback_nb.data import DIGITS, PhotoFolder, load
@@ -41,16 +42,6 @@ def write_tree(folder, files):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
     return folder
-
-
-def write_tar(path, files, mode="w:gz"):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, mode) as tar:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return path
 
 
 # ---------------------------------------------------------------- classes are those of all splits
