@@ -133,7 +133,7 @@ def test_a_users_file_in_a_folder_of_the_packages_name_is_the_users():
         exec(compile(f"def f(x): return {factor} * x", "/feedback_nb/mine.py", "exec"), known)
         described.append(checkpoints.describe(known["f"]))
     assert described[0] != described[1]
-    assert checkpoints.describe(evaluate) == "feedback_nb.training.evaluate"  # the package's own
+    assert checkpoints.describe(evaluate) == "feedback_nb.metrics.evaluate"  # the package's own
 
 
 @pytest.mark.parametrize(("options", "named"), [

