@@ -17,8 +17,8 @@ from torch import nn
 from .checks import need_known, need_number
 from .feedback import FeedbackModel
 from .layers import at_rest, device_of
+from .metrics import _need_finite
 from .order import batches, kept_random_state
-from .robustness import _need_finite
 
 # %% ../nbs/24_segmentation.ipynb #9b2ae981
 #| code-fold: true
