@@ -41,7 +41,7 @@ __all__ = ['FORMAT', 'cache_folder', 'names', 'load', 'augment', 'catalogue', 'c
 
 # %% ../nbs/02_data.ipynb #e337a937
 #| code-fold: true
-#| code-summary: "cache_folder, and the cache: one process makes a file, and all read it"
+#| code-summary: "cache_folder, and who may write in it"
 def cache_folder() -> Path:  # not created by asking
     """Where downloads and decoded tensors go: FEEDBACK_NB_CACHE, or this user's cache folder."""
     from pooch import os_cache
@@ -58,7 +58,9 @@ def _alone(path: Path) -> ExitStack:
         remove_leftovers(path)
     return stack
 
-
+# %% ../nbs/02_data.ipynb #b15d8dc5
+#| code-fold: true
+#| code-summary: "The cache: one process makes a file, and all read it"
 FORMAT = 2  # of the cache files; a change of decoding raises it, and old files are made anew
 
 
@@ -109,7 +111,7 @@ def _cached(path: Path, meta: dict[str, str], make: Callable) -> tuple[dict, dic
 
 # %% ../nbs/02_data.ipynb #69be9843
 #| code-fold: true
-#| code-summary: "How a set is found or downloaded"
+#| code-summary: "Names of sets and splits"
 def names() -> list[str]:
     """The names that `load` knows."""
     return list(SOURCES)
@@ -131,7 +133,9 @@ def _split(key: str, split: str) -> str:
     advice = f"load({key!r}).split_off(0.1)" if split == "valid" else f"load({key!r}, {there[0]!r})"
     raise ValueError(f"{key} has no split {split!r}, only {', '.join(there)}: try {advice}")
 
-
+# %% ../nbs/02_data.ipynb #4006318c
+#| code-fold: true
+#| code-summary: "The folders that are looked into, and the files of a set in them"
 def _root(root: str | Path | None) -> Path | None:
     """The data root that was asked for; None: there is only the cache folder."""
     who = "root=" if root is not None else "FEEDBACK_NB_DATA"
@@ -157,7 +161,9 @@ def _locate(key: str, split: str, size: int | None, root: Path | None) -> tuple:
         if source.splits[split] in there: return place, there, places
     return None, {}, places
 
-
+# %% ../nbs/02_data.ipynb #d6b9a14f
+#| code-fold: true
+#| code-summary: "What is missing is downloaded"
 def _get(key: str, split: str, size: int | None, root: Path | None, download: bool) -> tuple:
     """The place that has the set and its files there, after downloading if need be."""
     source, (place, there, places) = SOURCES[key], _locate(key, split, size, root)

@@ -48,7 +48,7 @@ __all__ = ['Comparison', 'compare', 'recorded', 'right_answers', 'Paired', 'bias
 
 # %% ../nbs/04_evaluation.ipynb #b209f917
 #| code-fold: true
-#| code-summary: "One run: build, train, test, measure"
+#| code-summary: "One run: what it is made of"
 def _rounded(value: Any) -> Any:
     """What a results file holds: numbers to 7 digits, NaN and infinity as None, arrays as lists."""
     value = value.tolist() if hasattr(value, "tolist") else value  # of torch and NumPy
@@ -95,7 +95,9 @@ def _beside(row: dict, more: Any) -> dict:
                       f"measured_{taken[0]} …", RuntimeWarning, stacklevel=2)
     return {f"measured_{k}" if k in own else str(k): v for k, v in more.items()}
 
-
+# %% ../nbs/04_evaluation.ipynb #824690dc
+#| code-fold: true
+#| code-summary: "One run: train, test, measure"
 def _run(name: str, seed: int, factory: Callable, data, settings: dict, measure, fit, evaluate,
          threads: int | None = None):
     """Build, train and test one model with one seed -> (row, history, device, threads)."""
@@ -231,7 +233,7 @@ class Comparison:
 
 # %% ../nbs/04_evaluation.ipynb #4a4725d5
 #| code-fold: true
-#| code-summary: "compare and recorded"
+#| code-summary: "What is going to be run, and whether it can be"
 # these change where and how a run is made, not what comes out
 _NOT_SETTINGS = "device", "progress", "resume"
 
@@ -269,7 +271,9 @@ def _checked(factories, seeds, settings, per_model) -> list[int]:
             raise ValueError(f"{taken} cannot be a setting of fit: compare gives it (checkpoints=)")
     return seeds
 
-
+# %% ../nbs/04_evaluation.ipynb #4e6123e5
+#| code-fold: true
+#| code-summary: "Which data a run was made with, and where its checkpoints are"
 def _check_same_data(data, record: dict, done: set, reused: bool) -> None:
     """ValueError where runs would be taken from a file, or a folder, for data that differ."""
     unknown = [split for split, d in record["data"].items() if "digest" in d and not d["digest"]]
@@ -292,7 +296,9 @@ def _checkpoint(folder, name: str, seed: int, data, record: dict) -> dict:
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
     return {"checkpoint": Path(folder) / f"{quote(name, safe=' ,()=+')}-{seed}-{digest}"}
 
-
+# %% ../nbs/04_evaluation.ipynb #68e89f89
+#| code-fold: true
+#| code-summary: "compare"
 def compare(
     # {name: () -> module, or (module, settings of its own)}: called for every seed, with it set
     factories: Mapping[str, Callable],
@@ -335,7 +341,9 @@ def compare(
     asked = {k: [r for r in record[k] if r["seed"] in seeds] for k in ("rows", "histories")}
     return Comparison({**record, **asked}, list(factories), metric)
 
-
+# %% ../nbs/04_evaluation.ipynb #ff21de7a
+#| code-fold: true
+#| code-summary: "recorded"
 def recorded(
     name: str | Path,  # "cbl-images" for results/cbl-images.json of the checkout, or a path
     metric: str = "accuracy",  # column that the tables are about

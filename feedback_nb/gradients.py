@@ -217,7 +217,7 @@ def _checked_gradients(run, place, indices, x, y, share):
     run.told("before_step")
     return loss, hits, counts
 
-
+# %% ../nbs/87_gradients.ipynb #c5d77a1b
 def _train_batch(run, place, indices, share, batch):
     """One optimiser step; an error before it leaves the model as it was."""
     x, y = _to(run.device, batch)

@@ -142,7 +142,7 @@ def members(path: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
         while tar.fileobj.read(1 << 20):  # to the end, where the checksum stands
             pass
 
-
+# %% ../nbs/93_readers.ipynb #2d0db935
 @contextmanager
 def _unpacked(path: Path, holds: str) -> Iterator[Path]:
     """The folder that holds the file `holds`, for libraries that read no archive."""
@@ -343,7 +343,7 @@ def _clips(path: Path, folder: Path, words: Sequence[str]) -> dict[str, list[str
     splits = {"testing": test, "validation": valid, "training": clips - test - valid}
     return {split: sorted(names) for split, names in splits.items()}
 
-
+# %% ../nbs/93_readers.ipynb #6b490d49
 def read_speech(paths: dict, split: str, size: None, *, words: Sequence[str], seconds: float,
                 features: str, picture: Callable[[Tensor], Tensor]) -> tuple:
     """<word>/<speaker>_nohash_<take>.wav at 16 kHz: int16 "wave", or float16 "mel" pictures."""

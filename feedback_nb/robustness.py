@@ -156,7 +156,7 @@ def corruption_curve(
 
 # %% ../nbs/07_robustness.ipynb #3a2f59d9
 #| code-fold: true
-#| code-summary: "attack: FGSM and PGD on the answer after the last step"
+#| code-summary: "captum's attacks, on the answer after the last step"
 def _captum():
     """captum's attacks; ImportError that says how to get them."""
     try:
@@ -193,7 +193,9 @@ def _signs(model, x, y, steps, rescale) -> torch.Tensor:
     free = -math.inf, math.inf
     return (_perturb(_captum()[0], model, x, y, steps, free, rescale, epsilon=1.0) - x).round()
 
-
+# %% ../nbs/07_robustness.ipynb #a1f30a39
+#| code-fold: true
+#| code-summary: "The strongest of several attacks"
 def _strongest(model, x, y, steps, tries: Iterable[torch.Tensor]) -> torch.Tensor:
     """For each example, the changed input with the highest loss, wrong answers first."""
     best, worst = x, torch.full((len(x),), -math.inf, device=x.device)
@@ -207,7 +209,9 @@ def _strongest(model, x, y, steps, tries: Iterable[torch.Tensor]) -> torch.Tenso
         worst = score.where(take, worst)
     return best
 
-
+# %% ../nbs/07_robustness.ipynb #d973573b
+#| code-fold: true
+#| code-summary: "attack: FGSM and PGD"
 def attack(
     model: nn.Module,  # logits (B, C, …); gradients go through all feedback steps
     x: torch.Tensor,  # inputs, (B, …)

@@ -174,7 +174,7 @@ class Place:
     stopped: bool = False  # a callback has ended the run
     history: list[dict] = field(default_factory=list)
 
-
+# %% ../nbs/86_run.ipynb #45555f5e
 @dataclass
 class Run:
     """What a run is made of: arguments of `fit`, and what is built from them before the start."""

@@ -27,7 +27,7 @@ __all__ = ['Paired', 'smallest_effect', 'paired', 'holm', 'significance', 'cross
 
 # %% ../nbs/85_statistics.ipynb #7a3aa3f7
 #| code-fold: true
-#| code-summary: "paired and smallest_effect"
+#| code-summary: "What a paired test says"
 class Paired(NamedTuple):
     """What the same seeds say about two models: the differences a - b, pair by pair."""
 
@@ -53,7 +53,9 @@ def _scores(values: Iterable[float], name: str) -> list[float]:
             raise ValueError(f"{name} holds {v} at position {i}: repeat that run, or leave it out")
     return values
 
-
+# %% ../nbs/85_statistics.ipynb #ee775d8a
+#| code-fold: true
+#| code-summary: "smallest_effect"
 @lru_cache
 def smallest_effect(
     n: int,  # pairs
@@ -76,7 +78,9 @@ def smallest_effect(
     gain = optimize.brentq(excess, 0, 10 + 4 * limit.max())
     return gain * math.sqrt(1 / n + shared)
 
-
+# %% ../nbs/85_statistics.ipynb #2c20d269
+#| code-fold: true
+#| code-summary: "paired"
 def paired(
     a: Iterable[float],  # scores of one model, one for each seed
     b: Iterable[float],  # scores of the other, the same seeds in the same order
