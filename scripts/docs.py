@@ -28,11 +28,12 @@ title: No such page
 search: false
 ---
 
-There is nothing at this address. Perhaps a chapter was renamed: [the contents](/index.html#chapters)
-list them all, [all names](/api.html) every function and class.
+There is nothing at this address. Perhaps a chapter was renamed: [the
+contents](/index.html#chapters) list them all, [all names](/api.html) every function and class.
 """
 # Quarto adds both for any output with a script; nothing here uses them
-REQUIRE = re.compile(r'<script src="https://cdn\.jsdelivr\.net/npm/(?:requirejs|jquery)[^>]*></script>\s*'
+REQUIRE = re.compile(r'<script src="https://cdn\.jsdelivr\.net/npm/(?:requirejs|jquery)[^>]*>'
+                     r"</script>\s*"
                      r"|<script type=\"application/javascript\">define\('jquery'[^<]*</script>\s*")
 
 

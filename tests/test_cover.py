@@ -66,7 +66,8 @@ def test_the_network_of_the_page_is_a_cbl(flow):
         linear.bias.copy_(weight("context_b"))
         path = model.trajectory(x, steps=cover.LAST, tol=False)
     theirs = cover.run(NET, flow)[1]
-    torch.testing.assert_close(path.outputs, torch.tensor(theirs), rtol=0, atol=1e-9)
+    outputs = torch.stack(list(path.outputs))
+    torch.testing.assert_close(outputs, torch.tensor(theirs), rtol=0, atol=1e-9)
 
 
 def test_cards_say_what_the_claims_say():
