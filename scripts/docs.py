@@ -65,12 +65,13 @@ def finish(path: Path, site: str) -> None:
         if cell["cell_type"] == "markdown":  # private names have no place, methods their class's
             source = re.sub(rf"\[(`_[^`]*`)\]\({site}[^)]*\)", r"\1", source)
             source = re.sub(rf"\({site}(\w+\.html)(#[^).]*)?[^)]*\)", r"(\1\2)", source)
-        cell["source"] = source
+        cell["source"] = source.splitlines(keepends=True)
         for output in cell.get("outputs", []):
             data = output.get("data", {})
             if "text/html" in data:
-                data["text/html"] = re.sub(r"data:image/png;base64,([A-Za-z0-9+/=]{2000,})",
-                                           smaller, "".join(data["text/html"]))
+                text = re.sub(r"data:image/png;base64,([A-Za-z0-9+/=]{1000,})", smaller,
+                              "".join(data["text/html"]))
+                data["text/html"] = text.splitlines(keepends=True)
     path.write_text(json.dumps(notebook, ensure_ascii=False), encoding="utf-8")
 
 
