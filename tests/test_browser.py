@@ -159,7 +159,8 @@ def test_what_is_wrong_is_found(chromium, tmp_path):
     with served(tmp_path) as base:
         text = "\n".join(faults_of_all(chromium, base, ["bad.html"]))
     for rule in ("complains", "asks other hosts", "lacks images", "do not move",
-                 "code that scrolls", "scrolls sideways by", "skip a level", "no such page", "no such part"):
+                 "code that scrolls", "scrolls sideways by", "skip a level", "no such page",
+                 "no such part"):
         assert rule in text, rule
 
 

@@ -210,5 +210,8 @@ def test_every_chapter_is_in_the_contents():
     index = json.loads((ROOT / "nbs" / "index.ipynb").read_text(encoding="utf-8"))
     text = "".join("".join(cell["source"]) for cell in index["cells"])
     for path in (ROOT / "nbs").glob("[0-9]*.ipynb"):
-        assert f"]({path.name})" in text, path.name
+        front = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"])
+        title = re.search(r"^# (.+)$", front, flags=re.M)[1]
+        name = f"[{path.stem.split('_')[0]} {title}]({path.name})"
+        assert name in text, f"the contents have no {name}"
         assert path.name in (ROOT / "_quarto.yml").read_text(encoding="utf-8"), path.name
