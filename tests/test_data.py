@@ -1327,7 +1327,7 @@ def test_speech_commands_from_folder_and_archive(tmp_path, monkeypatch):
     monkeypatch.setitem(
         data.SOURCES,
         "speechcommands",
-        data.replace(
+        sets.replace(
             source,
             fetch=lambda s, z: [
                 ([], archive.name, "sha256:" + hashlib.sha256(archive.read_bytes()).hexdigest())
