@@ -72,7 +72,7 @@ class _Drive(nn.Module):
             neg, pos = neg * gain[0], pos * gain[1]
         return torch.where(a > 0, pos, neg).to(a.dtype) * a
 
-
+# %% ../nbs/30_lrm.ipynb #0d781894
 class PaperDrive(_Drive):
     """F of equation 2: a source at its u drives nothing."""
 
@@ -276,8 +276,7 @@ class LRM(_Steered):
         # in the order of the network: a layer stands where its last call ends
         order = [site.layer for site in self.replay.sites.values()]
         last = {name: i for i, name in enumerate(order)}
-        rank = lambda p: (last[p.destination], last[p.source], p)
-        self.connections = sorted(pairs, key=rank)
+        self.connections = sorted(pairs, key=lambda p: (last[p.destination], last[p.source], p))
         self.sources = {name: sites[name] for name in sorted({*heard}, key=last.get)}
         # published sources that end before their destination begins are heard in the same pass
         early = {pair for pair in pairs if last[pair.source] < order.index(pair.destination)}
