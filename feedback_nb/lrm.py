@@ -28,6 +28,8 @@ from .replay import Named, Replay, Site, check_reach, state_of, with_state
 _all_ = ["ALEXNET", "RELEASED", "fetch_weights", "load_published", "read_weights", "released_keys"]
 
 # %% ../nbs/30_lrm.ipynb #e4945c31
+#| code-fold: true
+#| code-summary: "Connection"
 class Connection(NamedTuple):
     """One feedback connection, by layer names; a plain pair of names serves as well."""
 
@@ -35,6 +37,8 @@ class Connection(NamedTuple):
     destination: str  # the layer whose output is modulated
 
 # %% ../nbs/30_lrm.ipynb #676833a9
+#| code-fold: true
+#| code-summary: "as_maps: every layout as a map"
 def as_maps(
     a: torch.Tensor,  # (B, C), (B, C, L), (B, N, D) or (B, C, H, W)
     dim: int = 1,  # where the channels are
@@ -57,6 +61,8 @@ def resize(
     return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=align_corners)
 
 # %% ../nbs/30_lrm.ipynb #7e990b01
+#| code-fold: true
+#| code-summary: "_Drive: what both motifs share"
 class _Drive(nn.Module):
     """What one source says to one destination: what both motifs have."""
 
@@ -73,6 +79,8 @@ class _Drive(nn.Module):
         return torch.where(a > 0, pos, neg).to(a.dtype) * a
 
 # %% ../nbs/30_lrm.ipynb #0d781894
+#| code-fold: true
+#| code-summary: "PaperDrive: equation 2"
 class PaperDrive(_Drive):
     """F of equation 2: a source at its u drives nothing."""
 
@@ -103,6 +111,8 @@ class PaperDrive(_Drive):
         return resize(self.conv(a), size)
 
 # %% ../nbs/30_lrm.ipynb #43f1fc70
+#| code-fold: true
+#| code-summary: "PublishedDrive: the released motif"
 class _Norm(nn.Module):
     """Layer norm as published: over channels for a vector, over (C, h, w) for a map."""
 
@@ -133,6 +143,8 @@ class PublishedDrive(_Drive):
         return self.conv(self.signed(a, gain))
 
 # %% ../nbs/30_lrm.ipynb #02bce9b5
+#| code-fold: true
+#| code-summary: "Modulation: all that a destination hears"
 MOTIFS = {"paper": PaperDrive, "per-channel": partial(PaperDrive, places=False)}
 MOTIFS["published"] = PublishedDrive
 
@@ -207,6 +219,8 @@ def _check_shapes(pairs, sites):
             raise ValueError(f"{source!r} {a.shape} cannot be resized to {destination!r} {b.shape}")
 
 # %% ../nbs/30_lrm.ipynb #27b60e8a
+#| code-fold: true
+#| code-summary: "_Steered: the passes"
 class _Steered(FeedbackModel):
     """The passes of an LRM, and what a steered call changes between two of them."""
 
@@ -242,6 +256,8 @@ class _Steered(FeedbackModel):
         return {**fired, **replaced}
 
 # %% ../nbs/30_lrm.ipynb #dfcca73a
+#| code-fold: true
+#| code-summary: "LRM: the class"
 class LRM(_Steered):
     """Long-range modulation: every pass is modulated by what the sources said in the one before.
 
@@ -288,6 +304,8 @@ class LRM(_Steered):
         self.modulations.to(self.replay.device, self.replay.dtype)
 
 # %% ../nbs/30_lrm.ipynb #7cc10716
+#| code-fold: true
+#| code-summary: "run_pass: one pass"
 def run_pass(
     model: LRM,
     x,  # the input
@@ -321,6 +339,8 @@ def run_pass(
     return State(fired if steer is None else model._steered(fired, steer), y, memo)
 
 # %% ../nbs/30_lrm.ipynb #dab0b556
+#| code-fold: true
+#| code-summary: "alexnet_lrm"
 def alexnet_lrm(
     level: int,  # 1, 2 or 3: how many of the paper's connections
     weights: str | Path | None = None,  # "published" downloads them (250 MB), a path reads a file
