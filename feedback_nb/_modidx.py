@@ -1154,4 +1154,5 @@ d = { 'settings': { 'branch': 'main',
                                   'feedback_nb.unet._group_norm': ('unet.html#_group_norm', 'feedback_nb/unet.py'),
                                   'feedback_nb.unet._need_images': ('unet.html#_need_images', 'feedback_nb/unet.py'),
                                   'feedback_nb.unet.feedforward_unet': ('unet.html#feedforward_unet', 'feedback_nb/unet.py'),
-                                  'feedback_nb.unet.tail_bound': ('unet.html#tail_bound', 'feedback_nb/unet.py')}}}
+                                  'feedback_nb.unet.tail_bound': ('unet.html#tail_bound', 'feedback_nb/unet.py'),
+                                  'feedback_nb.unet.widened': ('unet.html#widened', 'feedback_nb/unet.py')}}}

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['NORMS', 'Padded', 'UNet', 'ExponentialDecay', 'FeedbackLoop', 'FeedbackUNet', 'FeedForward', 'feedforward_unet',
-           'SettlingUNet', 'tail_bound', 'check_masks', 'class_weights', 'segmentation_loss', 'segmentation_scores',
-           'measure_segmentation']
+           'widened', 'SettlingUNet', 'tail_bound', 'check_masks', 'class_weights', 'segmentation_loss',
+           'segmentation_scores', 'measure_segmentation']
 
 # %% ../nbs/20_unet.ipynb #e085b376
 #| code-fold: true
 #| code-summary: "Imports of the module"
+import copy
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -325,6 +326,22 @@ def feedforward_unet(
 ) -> FeedForward:
     """The feed-forward twin of `FeedbackUNet`: the same options, as many parameters."""
     return FeedForward(FeedbackUNet(in_channels, n_classes, **options), static)
+
+# %% ../nbs/20_unet.ipynb #59d56ff7
+def widened(
+    net: nn.Module,  # a trained network; it is not changed
+    more: int,  # channels to add behind those that it knows: k, those that are fed back
+    name: str | None = None,  # of its first convolution; None: the first that it holds
+) -> nn.Module:  # a copy that takes that many channels more
+    """A copy whose first convolution sees more channels, with weights of 0 for them."""
+    need_number(1, whole=True, more=more)
+    net = copy.deepcopy(net)
+    convs = {n: m for n, m in net.named_modules() if isinstance(m, nn.Conv2d) and m.groups == 1}
+    need_known(name or next(iter(convs), name), convs, "convolution of one group")
+    first = convs[name or next(iter(convs))]
+    first.weight = nn.Parameter(F.pad(first.weight.detach(), (0, 0, 0, 0, 0, more)))
+    first.in_channels += more
+    return net
 
 # %% ../nbs/20_unet.ipynb #40da5fcd
 class SettlingUNet(FeedbackUNet):
