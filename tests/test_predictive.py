@@ -500,7 +500,7 @@ def test_the_settling_unet_is_found_where_it_was_first():
 
     assert predictive_unet.SettlingUNet is SettlingUNet
     with pytest.raises(AttributeError, match="Settled"):
-        predictive_unet.Settled
+        _ = predictive_unet.Settled
     old = pickle.dumps(contract()["settling"][0], protocol=0).replace(
         b"feedback_nb.unet\nSettlingUNet", b"feedback_nb.predictive_unet\nSettlingUNet")
     assert b"predictive_unet" in old and type(pickle.loads(old)) is SettlingUNet
