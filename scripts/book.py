@@ -266,12 +266,13 @@ def write_pages(root: Path, out: Path, state: dict[str, dict], jobs: int,
 
     with in_turn(jobs) as pool:
         results = list(pool.map(one, chapters))
-    wanted = {c["page"] for c in chapters} | {"index.html"}
+    wanted = {c["page"] for c in chapters} | {"index.html", "api.html"}
     for page in out.glob("*.html"):
         if page.name not in wanted:
             page.unlink()
     if not any(c["stem"] == "index" for c in chapters):
         replace(out / "index.html", pages.bare_index(root, chapters))
+    replace(out / "api.html", pages.names_page(root, chapters))
     for folder in ("images",):
         for path in (root / "nbs" / folder).glob("*"):
             if path.is_file():
