@@ -54,7 +54,7 @@ setup(
     python_requires=">=" + cfg["min_python"],
     packages=find_packages(include=[cfg["lib_name"], cfg["lib_name"] + ".*"]),
     install_requires=cfg["requirements"].split(),
-    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("audio", "attacks", "segmentation", "text", "brainscore", "dev")},
+    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("audio", "attacks", "live", "segmentation", "text", "brainscore", "dev")},
     entry_points={
         "console_scripts": cfg["console_scripts"].split("\n"),
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],
