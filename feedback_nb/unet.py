@@ -340,9 +340,9 @@ def widened(
     net = copy.deepcopy(net)
     convs = {n: m for n, m in net.named_modules() if isinstance(m, nn.Conv2d) and m.groups == 1}
     need_known(name or next(iter(convs), name), convs, "convolution of one group")
-    first = convs[name or next(iter(convs))]
-    first.weight = nn.Parameter(F.pad(first.weight.detach(), (0, 0, 0, 0, 0, more)))
-    first.in_channels += more
+    conv = convs[name or next(iter(convs))]
+    wider = F.pad(conv.weight.detach(), (0, 0, 0, 0, 0, more))
+    conv.weight, conv.in_channels = nn.Parameter(wider), wider.shape[1]
     return net
 
 # %% ../nbs/20_unet.ipynb #40da5fcd
@@ -373,9 +373,8 @@ class SettlingUNet(FeedbackUNet):
 
     def local_backward(self, x, y):
         """The loss at the fixed point, and its gradient by the implicit function theorem."""
-        phi, start = self.map(x)
         steps, tol = self.solver_steps, self.solver_tol
-        answer = fixed_point(phi, start, steps=steps, tol=tol, backward_steps=steps,
+        answer = fixed_point(*self.map(x), steps=steps, tol=tol, backward_steps=steps,
                              backward_tol=tol)[1]
         loss = segmentation_loss(answer, y)
         loss.backward()
