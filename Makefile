@@ -35,8 +35,8 @@ lab: $(READY) ## JupyterLab on nbs/index.ipynb
 docs: $(READY) ## the Quarto site in _docs/ (needs quarto on the PATH)
 	@$(PY) scripts/docs.py
 
-bench: $(READY) ## run every benchmark and print its table
-	@set -e; for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(PY) "$$file"; done
+bench: $(READY) ## every benchmark and one table of ratios and bounds; CHECK=1 fails above a bound
+	@$(PY) benchmarks $(if $(CHECK),--check)
 
 readme: $(READY) ## write README.md from nbs/index.ipynb
 	@$(PY) scripts/readme.py

@@ -91,6 +91,21 @@ def test_a_model_without_start_says_what_to_write():
         FeedbackModel()(torch.ones(1, 1))
 
 
+def test_one_number_per_example_that_is_not_finite_is_named_too():
+    class Score(FeedbackModel):
+        """A score (B,) that grows until float32 has no room for it."""
+
+        def start(self, x, **_):
+            return State({"h": x}, x[:, 0])
+
+        def step(self, x, state, t):
+            h = state.h["h"] * 1e30
+            return State({"h": h}, h[:, 0])
+
+    with pytest.raises(FloatingPointError, match="'h'.*step 2.*example 1"):
+        Score(steps=3)(torch.tensor([[0.0], [1.0]]))
+
+
 def test_non_finite_states_name_layer_step_and_example():
     class Blow(FeedbackModel):
         def __init__(self):

@@ -1,0 +1,105 @@
+"""How a training step grows with the number of steps T: time and bytes kept, as fitted lines.
+
+One more step of a loop should cost one more plain pass of what it runs again, and one pass's bytes.
+The slope of each line is told in plain passes of the same network in the same run: (time of T) ≈
+a + b·T gives b / (time of one plain pass), and so for the bytes that autograd keeps. The feedback
+U-Net that computes its steps again in the backward pass, and the literal CBL, must not grow in
+bytes by more than the share of their state.
+"""
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from _shared import looped, plain, record, show
+from torch import nn
+
+from feedback_nb.cbl import CBL
+from feedback_nb.cost import _default_loss, _saved_bytes
+from feedback_nb.lrm import LRM
+from feedback_nb.networks import cnn
+from feedback_nb.unet import FeedbackUNet, UNet
+
+TIMES = (1, 2, 4, 8)  # T
+BOUNDS = {"time": 1.15, "bytes": 1.10}  # of a slope, in plain passes
+
+
+def models(args):
+    """name -> (plain network, T -> model, input, labels)"""
+    photos = torch.randn(args.batch, 3, 32, 32, device=args.device)
+    kinds = torch.randint(10, (args.batch,), device=args.device)
+    shapes = torch.randn(args.batch // 8 or 1, 1, 64, 64, device=args.device)
+    masks = torch.randint(2, (len(shapes), 64, 64), device=args.device)
+    net, example = cnn(width=args.width), photos[:1].cpu()
+    channels, state = (8, 16, 32), 8
+    unet = nn.Sequential(UNet(1, state, channels=channels), nn.Conv2d(state, 2, 1))
+    loop = {"channels": channels, "state": state, "decay": None}
+    layers = [name for name, m in net.named_modules() if isinstance(m, nn.ReLU)]
+    back = [(layers[-1], layers[0])]
+    return {
+        "CBL, through": (net, lambda t: CBL(cnn(width=args.width), example=example, steps=t),
+                         photos, kinds),
+        "LRM": (net, lambda t: LRM(cnn(width=args.width), back, example=example, steps=t),
+                photos, kinds),
+        "feedback U-Net": (unet, lambda t: FeedbackUNet(1, 2, steps=t, **loop), shapes, masks),
+    }
+
+
+def seconds(fn, device):
+    """CPU time of this process on a CPU, wall clock on a GPU."""
+    cuda = device.startswith("cuda")
+    clock = time.perf_counter if cuda else time.process_time
+    sync = torch.cuda.synchronize if cuda else int
+    sync()
+    begun = clock()
+    fn()
+    sync()
+    return clock() - begun
+
+
+def grow(name, net, make, x, y, args):
+    """A row: slopes of time and of bytes, in plain passes."""
+    net = net.to(args.device)
+    loops = {t: make(t).to(args.device) for t in TIMES}
+    times = {t: [] for t in ("plain", *TIMES)}
+    for number in range(args.rounds + 1):
+        for t in times:
+            run = (plain, net) if t == "plain" else (looped, loops[t])
+            spent = seconds(lambda run=run: run[0](run[1], x, y), args.device)
+            if number:  # the first round warms up
+                times[t].append(spent)
+    middle = {t: statistics.median(found) for t, found in times.items()}
+    kept = {t: _saved_bytes(model, x, _default_loss) for t, model in loops.items()}
+    one = _saved_bytes(net, x, _default_loss)
+    slope = lambda values: float(np.polyfit(TIMES, [values[t] for t in TIMES], 1)[0])
+    shared = {"network": name, "batch": len(x), "T": list(TIMES)}
+    yield {**shared, "measured": "time", "times a plain pass, per step": slope(middle)
+           / middle["plain"], "plain ms": 1e3 * middle["plain"], "bound": BOUNDS["time"]}
+    yield {**shared, "measured": "bytes", "times a plain pass, per step": slope(kept) / one,
+           "plain MiB": one / 2**20, "bound": BOUNDS["bytes"]}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--width", type=int, default=16, help="of the CNN")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--record", type=Path,
+                        help="write the rows to this JSON file (results/bench_growth.json)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    torch.manual_seed(0)
+    rows = [row for name, kit in models(args).items() for row in grow(name, *kit, args)]
+    for row in rows:
+        show(row)
+    if args.record:
+        clock = "CPU time of the process" if args.device == "cpu" else "wall clock"
+        record(args.record, args, ("batch", "width", "rounds"), rows, clock=clock)
+
+
+if __name__ == "__main__":
+    main()
