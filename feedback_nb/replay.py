@@ -136,8 +136,8 @@ class Splice:
         return self.token in getattr(layer.__dict__.get("forward"), "names", ())
 
 # %% ../nbs/90_replay.ipynb #21f1ee25
-class Replay:
-    """A network whose named layers are watched, changed and left out, pass by pass."""
+class _Plan:
+    """What one look at a network finds: its sites, what may be left out, what must be copied."""
 
     def __init__(
         self,
@@ -152,7 +152,7 @@ class Replay:
         names = [names] if isinstance(names, str) else list(names)
         for prefix, module in net.named_modules():
             inside = [name for name in names if not prefix or str(name).startswith(prefix + ".")]
-            if isinstance(getattr(module, "replay", None), Replay) and inside:
+            if isinstance(getattr(module, "replay", None), _Plan) and inside:
                 raise ValueError(f"{type(module).__name__} is wrapped; wrap the network in it")
         self.net, self.example_shape = net, told(example)
         self.sites, calls, output = plan_sites(net, names, example, channel_dims)
@@ -170,6 +170,40 @@ class Replay:
         floating = (p.dtype for p in net.parameters() if p.is_floating_point())
         self.dtype = next(floating, tensors(output)[0].dtype)
         self.splice = Splice(net, list(dict.fromkeys([*outermost, *names])))
+
+# %% ../nbs/90_replay.ipynb #8ea96bdf
+def _function(fns, name, k):
+    return fns.get(f"{name}#{k}", fns.get(name))
+
+
+class _Pass(_Plan):
+    """What a pass hands on, and why a function that was given went unheard."""
+
+    def _hand_on(self, name, output, kept, held):
+        """What the rest of the network gets: a copy of what is kept and written into."""
+        if kept and name in self.written:
+            return tree_map_only(torch.Tensor, torch.clone, output)
+        tensor = kept and not torch.compiler.is_compiling() and torch.is_tensor(output)
+        if tensor and not output.is_inference():
+            held.append((name, output, output._version))
+        return output
+
+    def _refuse_silence(self, net, name):
+        known = dict.fromkeys(site.layer for site in self.sites.values())
+        need_known(name, known, "layer of this replay")
+        layers = dict(net.named_modules(remove_duplicate=False))
+        above = [layers.get(name.rsplit(".", i)[0]) for i in range(1, name.count(".") + 1)]
+        why, remedy = "did not run for this input", "wrap the network with an example like it"
+        if name not in layers or not self.splice.serves(layers[name]):
+            why, remedy = "was replaced after wrapping", "wrap the network again"
+        elif any(isinstance(m, nn.TransformerEncoderLayer) for m in above):
+            why = "is skipped by torch's fast path"
+            remedy = "call torch.backends.mha.set_fastpath_enabled(False)"
+        raise ValueError(f"layer {name!r} {why}; {remedy}")
+
+# %% ../nbs/90_replay.ipynb #2554bc08
+class Replay(_Pass):
+    """A network whose named layers are watched, changed and left out, pass by pass."""
 
     def __call__(
         self,
@@ -214,32 +248,6 @@ class Replay:
             if key not in ran and (first or key.split("#")[0] not in self.early):
                 self._refuse_silence(net, key.split("#")[0])
         return y
-
-    def _hand_on(self, name, output, kept, held):
-        """What the rest of the network gets: a copy of what is kept and written into."""
-        if kept and name in self.written:
-            return tree_map_only(torch.Tensor, torch.clone, output)
-        tensor = kept and not torch.compiler.is_compiling() and torch.is_tensor(output)
-        if tensor and not output.is_inference():
-            held.append((name, output, output._version))
-        return output
-
-    def _refuse_silence(self, net, name):
-        known = dict.fromkeys(site.layer for site in self.sites.values())
-        need_known(name, known, "layer of this replay")
-        layers = dict(net.named_modules(remove_duplicate=False))
-        above = [layers.get(name.rsplit(".", i)[0]) for i in range(1, name.count(".") + 1)]
-        why, remedy = "did not run for this input", "wrap the network with an example like it"
-        if name not in layers or not self.splice.serves(layers[name]):
-            why, remedy = "was replaced after wrapping", "wrap the network again"
-        elif any(isinstance(m, nn.TransformerEncoderLayer) for m in above):
-            why = "is skipped by torch's fast path"
-            remedy = "call torch.backends.mha.set_fastpath_enabled(False)"
-        raise ValueError(f"layer {name!r} {why}; {remedy}")
-
-
-def _function(fns, name, k):
-    return fns.get(f"{name}#{k}", fns.get(name))
 
 # %% ../nbs/90_replay.ipynb #e50919e7
 def _leaves_behind(outputs):
