@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DEQ', 'Area', 'LocalRecurrence', 'ForwardForward']
 
-# %% ../nbs/61_peers.ipynb #c71285c8
+# %% ../nbs/61_peers.ipynb #778a20f0
 #| code-fold: true
 #| code-summary: "Imports of the module"
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from .checks import need_equal, need_known, need_number
 from .feedback import FeedbackModel, State
 from .fixed_points import fixed_point
 
-# %% ../nbs/61_peers.ipynb #f00af17b
+# %% ../nbs/61_peers.ipynb #398acc9f
 def _norm(channels):
     return nn.GroupNorm(1, channels)
 
@@ -81,7 +81,7 @@ class DEQ(FeedbackModel):
         loss.backward()
         return loss.detach()
 
-# %% ../nbs/61_peers.ipynb #72c4891e
+# %% ../nbs/61_peers.ipynb #3d04c83c
 class Area(nn.Module):
     """One area: half the height and width, twice the channels, and its own last state."""
 
@@ -131,7 +131,7 @@ class LocalRecurrence(FeedbackModel):
         new += [area(below, own) for area, below, own in zip(self.areas[1:], old, old[1:])]
         return State(dict(zip(state.h, new)), self.head(new[-1]), state.memo)
 
-# %% ../nbs/61_peers.ipynb #49c9e010
+# %% ../nbs/61_peers.ipynb #3d3a2e13
 class ForwardForward(nn.Module):
     """Layers that each learn to tell a right label from a wrong one by their own activity."""
 
