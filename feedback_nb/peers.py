@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['DEQ', 'Area', 'LocalRecurrence', 'ForwardForward']
 
-# %% ../nbs/61_peers.ipynb #778a20f0
+# %% ../nbs/61_peers.ipynb #f948a952
 #| code-fold: true
 #| code-summary: "Imports of the module"
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from .checks import need_equal, need_known, need_number
 from .feedback import FeedbackModel, State
 from .fixed_points import fixed_point
 
-# %% ../nbs/61_peers.ipynb #398acc9f
+# %% ../nbs/61_peers.ipynb #153a1f72
 def _norm(channels):
     return nn.GroupNorm(1, channels)
 
@@ -42,7 +43,7 @@ class DEQ(FeedbackModel):
         super().__init__(steps, **options)
         need_number(1, whole=True, in_channels=in_channels, n_classes=n_classes, width=width)
         need_known(backward, ("implicit", "unrolled"), "backward")
-        conv = lambda: nn.Conv2d(width, width, 3, padding=1, bias=False)
+        conv = partial(nn.Conv2d, width, width, 3, padding=1, bias=False)
         self.enter = nn.Sequential(nn.Conv2d(in_channels, width, 3, 2, 1), _norm(width))
         self.first, self.second = conv(), conv()
         nn.init.normal_(self.second.weight, std=0.01)  # so that it settles before training
