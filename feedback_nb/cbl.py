@@ -27,6 +27,8 @@ _all_ = ["RNN", "Recurrent", "TextBlock", "TextEncoder", "cnn", "default_layers"
          "text_encoder", "torchvision_net", "vit"]  # they stay importable from here
 
 # %% ../nbs/10_cbl.ipynb #ae881bb2
+#| code-fold: true
+#| code-summary: "GateAdapter and ConcatAdapter"
 class GateAdapter(nn.Module):
     """ψ(h, z) = h ⊙ 2σ(W z + b): turns every channel up or down, between 0 and 2 times."""
 
@@ -61,6 +63,8 @@ class ConcatAdapter(nn.Module):
         return mixed + shift.view(*shift.shape, *[1] * (h.dim() - 2))
 
 # %% ../nbs/10_cbl.ipynb #533129be
+#| code-fold: true
+#| code-summary: "AttentionAdapter"
 class AttentionAdapter(nn.Module):
     """ψ(h, z) = h + softmax(Q(h) K(z)ᵀ/√d) V(z): each position looks at tokens made from z."""
 
@@ -81,6 +85,8 @@ class AttentionAdapter(nn.Module):
 ADAPTERS = {"gate": GateAdapter, "concat": ConcatAdapter, "attention": AttentionAdapter}
 
 # %% ../nbs/10_cbl.ipynb #fbb2eaef
+#| code-fold: true
+#| code-summary: "TokenAdapter: one more token for a block"
 _PADDING_MASKS = ("src_key_padding_mask", "tgt_key_padding_mask", "key_padding_mask")
 _ATTENTION_MASKS = ("src_mask", "tgt_mask", "attn_mask")
 
@@ -171,6 +177,8 @@ def through_step(
     return State(h, model.run(x, state.memo, functions, around=tokens), state.memo, moved)
 
 # %% ../nbs/10_cbl.ipynb #d14c772f
+#| code-fold: true
+#| code-summary: "Context: z = tanh(W y + b)"
 class Context(nn.Module):
     """g: z = tanh(W y + b), of the mean over positions where y has any."""
 
@@ -205,6 +213,8 @@ def _make_adapter(adapter, site, context_dim, flow):
     return made
 
 # %% ../nbs/10_cbl.ipynb #86fd86ce
+#| code-fold: true
+#| code-summary: "_Runs: which layers run in a pass"
 class _Runs(FeedbackModel):
     """The passes of a CBL: what they run, where they start, which flow they follow."""
 
@@ -235,6 +245,8 @@ class _Runs(FeedbackModel):
         return (through_step if self.flow == "through" else literal_step)(self, x, state)
 
 # %% ../nbs/10_cbl.ipynb #13d8f3ac
+#| code-fold: true
+#| code-summary: "_Blends: the blend"
 class _Blends(_Runs):
     """What the steps of both flows need: ψ with the channels where they belong, and the blend."""
 
@@ -261,6 +273,8 @@ class _Blends(_Runs):
         return new.movedim(1, site.dim)
 
 # %% ../nbs/10_cbl.ipynb #4692d967
+#| code-fold: true
+#| code-summary: "CBL: the class"
 class CBL(_Blends):
     """Contextual Backpropagation Loops around any network: its output refines named layers."""
 

@@ -150,10 +150,11 @@ class ExponentialDecay(nn.Module):
 
     def factor(
         self,
-        t: float,  # the clock, in steps
+        t: float,  # the clock, in steps; a tensor () where a graph has it as an input
     ):  # a number, or a matrix (channels, channels)
         """What the step at time t is multiplied by."""
-        rate = math.exp((t if self.printed else -t) / self.tau)
+        rate = (t if self.printed else -t) / self.tau
+        rate = rate.exp() if torch.is_tensor(rate) else math.exp(rate)
         return rate if self.kind == "scalar" else rate * self.Q @ self.P
 
     def forward(
@@ -162,7 +163,8 @@ class ExponentialDecay(nn.Module):
         t: float,  # the clock, in steps
     ):  # as delta
         if self.kind == "scalar":
-            return delta if t == 0 else delta * self.factor(t)
+            begin = not torch.is_tensor(t) and t == 0
+            return delta if begin else delta * self.factor(t)
         return F.conv2d(delta, self.factor(t).to(delta.dtype)[:, :, None, None])
 
 # %% ../nbs/20_unet.ipynb #c1fe80e8

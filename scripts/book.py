@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import ast
+import base64
+import filecmp
 import hashlib
 import json
 import os
@@ -266,20 +268,37 @@ def write_pages(root: Path, out: Path, state: dict[str, dict], jobs: int,
 
     with in_turn(jobs) as pool:
         results = list(pool.map(one, chapters))
-    wanted = {c["page"] for c in chapters} | {"index.html"}
+    wanted = {c["page"] for c in chapters} | {"index.html", "api.html"}
     for page in out.glob("*.html"):
         if page.name not in wanted:
             page.unlink()
     if not any(c["stem"] == "index" for c in chapters):
         replace(out / "index.html", pages.bare_index(root, chapters))
+    replace(out / "api.html", pages.names_page(root, chapters))
     for folder in ("images",):
         for path in (root / "nbs" / folder).glob("*"):
             if path.is_file():
                 (out / "notebooks" / folder).mkdir(parents=True, exist_ok=True)
                 (out / "notebooks" / folder / path.name).write_bytes(path.read_bytes())
+    copy_live(root / "nbs" / "live", out / "live")
     same = sum(unchanged for _, _, unchanged in results)
     print(f"  pages: {len(results) - same} written, {same} kept", flush=True)
     return [f"{stem}: {fault}" for stem, faults, _ in results for fault in faults]
+
+
+def copy_live(source: Path, out: Path) -> None:
+    """What live networks load, and beside each file a script with it: a page that was opened as a
+    file may not fetch."""
+    for path in sorted(p for p in source.rglob("*") if p.is_file()):
+        name = path.relative_to(source).as_posix()
+        copy = out / name
+        if path.suffix == ".safetensors" or copy.is_file() and filecmp.cmp(path, copy, False):
+            continue
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix in (".gz", ".json", ".mjs", ".onnx"):
+            text = base64.b64encode(path.read_bytes()).decode()
+            replace(out / f"{name}.js", f"feedbackLive.hand({json.dumps(name)}, \"{text}\");\n")
+        copy.write_bytes(path.read_bytes())
 
 
 def main() -> int:

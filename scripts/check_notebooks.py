@@ -6,7 +6,9 @@ Rules: feedback_nb/ is what the notebooks export · each notebook is clean · no
 or machine path among the outputs · every figure has a text for those who cannot see it · a
 notebook with code has outputs · README.md is what index.ipynb gives · every chapter is in the
 site's sidebar · the reading budget is kept (scripts/budget.py) · the claims of nbs/claims.yaml
-agree with their records and cells (scripts/claims.py) · every [@key] is in nbs/references.bib.
+agree with their records and cells (scripts/claims.py) · every [@key] is in nbs/references.bib ·
+the first screen is what scripts/cover.py makes of the claims · words are spelt as codespell
+knows them, where it is installed.
 """
 from __future__ import annotations
 
@@ -23,8 +25,10 @@ from pathlib import Path
 import yaml
 from budget import check_budget
 from claims import check_claims
+from cover import check_cover
 from project import directives, notebooks, settings
 from references import check_references
+from words import check_words
 
 FOLDERS = "home|Users|root|tmp|work|mnt|opt|private|content|workspaces?|scratch"
 MACHINE = re.compile(rf"(?<![\w./:+=-])(/(?:{FOLDERS})/[\w.-][^\s\"'<>)]*"
@@ -210,6 +214,7 @@ def main() -> int:
     if not args.notebooks:
         faults += check_export(root) + check_readme(root) + check_sidebar(root) + check_budget(root)
         faults += check_claims(root) + check_references(root)
+        faults += check_cover(root) + check_words(root)
     print("\n".join(faults)
           if faults else f"{len(paths)} notebooks: exported, clean, described and run.")
     return 1 if faults else 0

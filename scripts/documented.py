@@ -5,61 +5,121 @@ import ast
 import re
 
 from execnb.nbio import mk_cell
-from nbdev.processors import FilterDefaults, exec_show_docs
+from nbdev.processors import FilterDefaults
 
-
-class Documented(exec_show_docs):
-    """Runs what is exported, and of other cells the imports alone, before anything is documented.
-
-    nbdev runs them as it goes, and whole: a figure's cell would be drawn for its import, and a type
-    that is defined further down, or imported under TYPE_CHECKING, could not be looked up.
-    """
-
-    def begin(self):
-        super().begin()
-        if self.nb.has_docs_:
-            for cell in self.nb.cells:
-                if cell.cell_type == "code" and (code := needed(cell)):
-                    self.k.run(code)
-                    if self.k.exc:
-                        raise RuntimeError(f"{self.k.exc!r} in the cell\n{code}") from self.k.exc
-
-    def __call__(self, cell):
-        if cell.cell_type == "code" and cell.source and "show_doc(" in cell.source:
-            super().__call__(cell)
-
-
-def needed(cell) -> str:
-    """The part of a cell that documentation needs: all of it when exported, else its imports."""
-    if cell.directives_.get("eval:",
-                            [""])[0].lower() == "false" or "show_doc(" in (cell.source or ""):
-        return ""
-    trees = cell.parsed_() or []
-    exported = any(re.match(r"export|exec_doc", name) for name in cell.directives_)
-    types = [line for tree in trees if isinstance(tree, ast.If)
-             and "TYPE_CHECKING" in ast.unparse(tree.test) for line in tree.body]
-    if exported:
-        return cell.source + "\n" + "\n".join(map(ast.unparse, types))
-    return "\n".join(ast.unparse(tree) for tree in trees
-                     if isinstance(tree, (ast.Import, ast.ImportFrom)))
+# nbdev's own steps for signature tables: here the source is shown, once
+TABLES = ("add_show_docs", "exec_show_docs", "clean_show_doc", "add_fold", "mv_exports")
+PLUMBING = {"use_style", "warnings.filterwarnings", "set_matplotlib_formats"}
+HEADS = {
+    "p_holm": "p (Holm)", "p_shared": "p (shared)", "p_shared_holm": "p (shared, Holm)",
+    "welch_p": "p (Welch)", "wilcoxon_p": "p (Wilcoxon)", "std": "standard deviation",
+    "diff_low": "difference from", "diff_high": "difference to", "d_z": "d<sub>z</sub>",
+    "false_alarms": "false alarms", "a_prime": "A′", "above_biased": "above biased",
+    "above_cut_biased": "above cut biased", "found_more": "found more",
+    "mflops_ratio": "MFLOPs, ratio", "parameters_ratio": "parameters, ratio",
+    "saved_mb_ratio": "saved MB, ratio", "saved_mb": "saved MB", "peak_mb": "peak MB",
+    "peak_mb_ratio": "peak MB, ratio", "train_ms_ratio": "time of a training step, ratio",
+    "forward_ms_ratio": "time forward, ratio", "train_loss": "training loss",
+    "valid_loss": "validation loss", "train_accuracy": "training accuracy",
+    "valid_accuracy": "validation accuracy", "crossed_interval": "crossed interval",
+    "accuracy_0": "accuracy, t = 0", "accuracy_1": "accuracy, t = 1",
+    "accuracy_2": "accuracy, t = 2", "gaussian_blur": "Gaussian blur", "fgsm_area": "area, FGSM",
+    "pgd_area": "area, PGD"}
 
 
 class ShowSource(FilterDefaults):
     """nbdev's processing, but exported code is shown: in this book the code is the point."""
 
     def __call__(self, nb):
+        cells = []
         for cell in nb.cells:
             if cell.cell_type == "code":
+                names = exported_names(cell.source)
                 cell.source = show_source(cell.source)
-        nb.cells.append(mk_cell("<!-- the end -->",
-                                "markdown"))  # nbdev looks one cell beyond each exported one
+                for output in cell.get("outputs", []):
+                    readable(output.get("data", {}))
+                if names and not re.search(r"^#\|\s*hide\b", cell.source, flags=re.M):
+                    cells.append(mk_cell("".join(f"[]{{#{name.lower()} .exported}}"
+                                                 for name in names), "markdown"))
+            else:
+                cell.source = badges(cell.source)
+            cells.append(cell)
+        nb.cells = folded(cells)
         return super().__call__(nb)
 
     def base_procs(self):
-        return [Documented if proc is exec_show_docs else proc for proc in super().base_procs()
-                if proc.__name__ != "add_fold"]
+        return [proc for proc in super().base_procs() if proc.__name__ not in TABLES]
 
 
 def show_source(source: str) -> str:
-    """A cell flagged `export` is flagged `exports`: nbdev then prints its code below its table."""
+    """A cell flagged `export` is flagged `exports`: nbdev then shows its code."""
     return re.sub(r"^(\s*#\s*\|\s*)export(?=\s|$)", r"\1exports", source, flags=re.M)
+
+
+def parsed(source: str) -> list[ast.stmt]:
+    """The statements of a cell; none of a cell that is not plain Python."""
+    try:
+        return ast.parse(source).body
+    except SyntaxError:
+        return []
+
+
+def exported_names(source: str) -> list[str]:
+    """The public functions and classes of an exported cell: links lead to them."""
+    if not re.search(r"^\s*#\s*\|\s*exports?\s*$", source, flags=re.M):
+        return []
+    return [s.name for s in parsed(source)
+            if isinstance(s, (ast.FunctionDef, ast.ClassDef)) and s.name[0] != "_"]
+
+
+# ---------------------------------------------------------------- what a reader need not see first
+
+def plumbing(source: str) -> bool:
+    """Is this cell nothing but imports, names that are handed on, and the style of the figures?"""
+    statements = parsed(source)
+    imports = any(isinstance(s, (ast.Import, ast.ImportFrom)) for s in statements)
+    names = any(ast.unparse(s).startswith("_all_ =") for s in statements)
+    return (imports or names) and all(
+        isinstance(s, (ast.Import, ast.ImportFrom)) or ast.unparse(s).startswith("_all_ =")
+        or isinstance(s, ast.If) and "TYPE_CHECKING" in ast.unparse(s.test)
+        or isinstance(s, ast.Expr) and isinstance(s.value, ast.Call)
+        and ast.unparse(s.value.func) in PLUMBING for s in statements)
+
+
+def folded(cells: list) -> list:
+    """Cells of imports fold, and what stands side by side folds into one."""
+    out, before = [], None
+    for cell in cells:
+        code = cell.cell_type == "code" and cell.source
+        if not code or "outputs" in cell and cell.outputs or not plumbing(cell.source) \
+                or re.search(r"^#\|\s*(hide|include: false|echo: false)", cell.source, flags=re.M):
+            out.append(cell)
+            if not (code and re.search(r"^#\|\s*(hide\b|default_exp)", cell.source, flags=re.M)):
+                before = None
+            continue
+        lines = [line for line in cell.source.splitlines()
+                 if not re.match(r"#\|\s*code-(fold|summary)", line)]
+        if before is None:
+            cell.source = "\n".join(["#| code-fold: true", '#| code-summary: "Imports"', *lines])
+            before = cell
+            out.append(cell)
+        else:
+            before.source += "\n\n" + "\n".join(x for x in lines if not x.startswith("#|")).strip()
+    return out
+
+
+# ---------------------------------------------------------------- words and pictures
+
+def badges(source: str) -> str:
+    """A badge is a picture from another host: its words do."""
+    return re.sub(r"!\[([^\]]*)\]\(https?://[^)\s]*badge[^)\s]*\)", r"\1", source)
+
+
+def readable(data: dict) -> None:
+    """Tables in words: no column named like a variable, a dash where there is no number."""
+    if "text/html" not in data or "<table" not in (
+            text := "".join(data["text/html"])) or "<script" in text:
+        return
+    text = re.sub(r"(<th[^>]*>)([^<]*)(</th>)",
+                  lambda m: m[1] + HEADS.get(m[2].strip(), m[2]) + m[3], text)
+    data["text/html"] = re.sub(r"(<td[^>]*>)\s*(?:NaN|nan|None|NaT)\s*(</td>)", r"\1–\2", text)

@@ -328,6 +328,7 @@ $css
 <ol>
 $chapters
 </ol>
+<p class="home"><a href="api.html">All names</a></p>
 </details>
 </nav>
 <main id="main">
@@ -400,6 +401,18 @@ def bare_index(root: Path, chapters: list[dict]) -> str:
     chapter = dict(stem="index", notebook="", page="index.html", number="", title=cfg["lib_name"],
                    description=cfg.get("description", ""))
     return frame(root, chapters, chapter, listing(chapters), [], "", "")
+
+
+def names_page(root: Path, chapters: list[dict]) -> str:
+    """The index of every public name, as on the site."""
+    import names
+
+    chapter = dict(stem="api", notebook="", page="api.html", number="", title="All names",
+                   description="Every public function and class, by module, with its page.")
+    body = re.sub(r"(<table.*?</table>)", r'<div class="scroll">\1</div>',
+                  re.sub(r"<colgroup>.*?</colgroup>", "", pandoc(names.listing(root), []),
+                         flags=re.S), flags=re.S)
+    return frame(root, chapters, chapter, body, [], "", "")
 
 
 def key_in(page: Path) -> str:

@@ -46,6 +46,8 @@ def plain_cells(notebook) -> None:
                 continue
             cell.source = "\n".join(line for line in lines if line not in flags).strip()
             for output in cell.outputs:
+                if "text/markdown" in output.get("data", {}):  # what moves on the site, as text
+                    output.data.pop("text/html", None)
                 if any(kind.startswith("image/") for kind in output.get("data", {})):
                     where = f"nbs/index.ipynb cell {i + 1} shows an image"
                     remedy = "README.md needs a file; use ![what it shows](images/name.png)"
@@ -66,6 +68,7 @@ def readme(index: Path) -> str:
     notebook.metadata.language_info = {
         "name": "python"}  # nbdev_clean drops it; the fences of the README name it
     text, resources = MarkdownExporter().from_notebook_node(notebook)
+    text = re.sub(r"^```python\n\s*```\n", "", text, flags=re.M)  # cells of which only outputs show
     parts = re.split(r"(^```.*?^```[ \t]*$)", text, flags=re.M | re.S)
     for i in range(0, len(parts), 2):
         parts[i] = re.sub(r"(\]\()([^)\s]+)([^)]*\))", from_root, parts[i])

@@ -206,21 +206,12 @@ def test_the_package_declares_lower_bounds_and_the_constraints_exact_versions():
         "0.26.0", "2.11.0", "2.4.14")
 
 
-def test_the_readme_picture_is_chapter_tens_figure():
-    sys.path.insert(0, str(ROOT / "scripts"))
-    try:
-        from cover import FIGURES, figure
-    finally:
-        sys.path.pop(0)
-    for notebook, figures in FIGURES.items():
-        for label, name in figures.items():
-            assert (ROOT / "nbs" / "images" / name).read_bytes() == figure(ROOT / "nbs" / notebook,
-                label)
-
-
 def test_every_chapter_is_in_the_contents():
     index = json.loads((ROOT / "nbs" / "index.ipynb").read_text(encoding="utf-8"))
     text = "".join("".join(cell["source"]) for cell in index["cells"])
     for path in (ROOT / "nbs").glob("[0-9]*.ipynb"):
-        assert f"]({path.name})" in text, path.name
+        front = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"])
+        title = re.search(r"^# (.+)$", front, flags=re.M)[1]
+        name = f"[{path.stem.split('_')[0]} {title}]({path.name})"
+        assert name in text, f"the contents have no {name}"
         assert path.name in (ROOT / "_quarto.yml").read_text(encoding="utf-8"), path.name
