@@ -203,7 +203,7 @@ def _milliseconds(steps: Mapping[str, Callable], rounds: int, seconds: float) ->
 
 # %% ../nbs/08_cost.ipynb #2b1d5f5d
 #| code-fold: true
-#| code-summary: "cost"
+#| code-summary: "What needs no clock"
 def _static_cost(model: nn.Module, x, loss: Callable, train: bool) -> dict:
     """What needs no clock: parameters, FLOPs for one example, megabytes."""
     batch = tree_leaves(x)[0]
@@ -218,7 +218,9 @@ def _static_cost(model: nn.Module, x, loss: Callable, train: bool) -> dict:
                 "peak_mb": _peak_bytes(step, batch.device) / 1e6}
     return row
 
-
+# %% ../nbs/08_cost.ipynb #284a1c1d
+#| code-fold: true
+#| code-summary: "cost"
 def cost(
     model: nn.Module | Mapping[str, nn.Module],  # or {name: model}; copies of them are measured
     example,  # a batch as the models take it, (B, …), on their device

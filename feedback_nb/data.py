@@ -17,8 +17,6 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from copy import copy
-from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -26,104 +24,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import need_equal, need_known, need_number
+from .checks import need_known, need_number
 from .files import locked, remove_leftovers, written_whole
-from .readers import (IMAGENETTE, decode, fetch, images, listed_sums, read_cifar,
-                                 read_idx, read_pairs, read_photos, read_speech, refuse, square,
-                                 verify)
+from .pictures import SEVERITIES, corrupt, gaussian_noise, mel_spectrogram, polygons
+from .readers import fetch, listed_sums, verify
+from .sets import (_NAME, DIGITS, SAMPLES, SAMPLES_URL, SOURCES, WORDS, PhotoFolder,
+                              Source, TensorData, _px)
+
+_all_ = ["DIGITS", "PhotoFolder", "SAMPLES", "SAMPLES_URL", "SEVERITIES", "SOURCES", "Source",
+         "TensorData", "WORDS", "corrupt", "gaussian_noise", "mel_spectrogram", "polygons"]
 
 # %% auto #0
-__all__ = ['FORMAT', 'SOURCES', 'SAMPLES_URL', 'SAMPLES', 'SEVERITIES', 'DIGITS', 'WORDS', 'TensorData', 'cache_folder', 'Source',
-           'names', 'load', 'polygons', 'gaussian_noise', 'corrupt', 'augment', 'mel_spectrogram', 'PhotoFolder',
-           'catalogue', 'cli']
-
-# %% ../nbs/02_data.ipynb #2e1cbc64
-def _float(x: Tensor) -> Tensor:
-    """Stored bytes as float32 in the unit range: images 0…255, sound -32768…32767; floats stay."""
-    full = {torch.uint8: 255, torch.int16: 32768}.get(x.dtype)
-    return x.float() if full is None else x.float() / full
-
-# %% ../nbs/02_data.ipynb #4f84ea58
-def _draw(y: Tensor, n: int, seed: int, stratified: bool = True) -> Tensor:
-    """Indices of `n` examples, in their old order."""
-    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
-    if not stratified or y.ndim != 1: return order[:n].sort().values
-    labels = y.cpu()[order]
-    counts = torch.bincount(labels)
-    share = counts.double() * n / max(len(y), 1)
-    quota = share.floor().long()
-    quota[(share - quota).argsort(descending=True, stable=True)[: n - int(quota.sum())]] += 1
-    by_class = labels.argsort(stable=True)
-    # place within its own class
-    rank = torch.arange(len(y)) - (counts.cumsum(0) - counts)[labels[by_class]]
-    return order[by_class[rank < quota[labels[by_class]]]].sort().values
-
-
-class _Parts:
-    """How a data set is divided: needs `.y`, `len` and `._take(indices)`."""
-    def subset(self,
-        n: int,                     # how many examples, 0…len
-        seed: int = 0,              # the same seed draws the same examples
-        stratified: bool = True,    # each class keeps its share (labels; masks are drawn plainly)
-    ):                              # a copy of these examples, in their old order
-        """A random part with `n` examples."""
-        need_number(0, len(self), n=n)
-        return self._take(_draw(self.y, n, seed, stratified))
-
-    def split_off(self,
-        fraction: float,            # share of the second part, strictly between 0 and 1
-        seed: int = 0,              # the same seed splits the same way
-    ) -> tuple:                     # the rest, and the part
-        """Two disjoint parts in which each class has the same share."""
-        need_number(0, 1, strict=True, fraction=fraction)
-        part = torch.zeros(len(self), dtype=torch.bool)
-        part[_draw(self.y, round(fraction * len(self)), seed)] = True
-        return tuple(self._take(mask.nonzero()[:, 0]) for mask in (~part, part))
-
-# %% ../nbs/02_data.ipynb #86df6e85
-@dataclass(eq=False, repr=False)
-class TensorData(_Parts, torch.utils.data.Dataset):
-    """A data set as two tensors on one device: examples `x` and their labels or masks `y`."""
-    x: Tensor                       # (N, C, H, W) uint8 images; sound int16, spectrograms float
-    y: Tensor                       # (N,) int64 labels, or (N, H, W) int64 masks
-    classes: Sequence[str] = ()     # names of class 0, 1, …
-    name: str = ""                  # which set
-    split: str = ""                 # which part of it
-
-    def __post_init__(self):
-        self.classes = tuple(self.classes)
-        need_equal(len(self.y), len(self.x), "labels or masks y")
-        if self.y.dtype != torch.int64:
-            raise TypeError(f"y must be int64 class numbers, got {self.y.dtype}: use y.long()")
-        if self.classes and self.y.numel():
-            ends = {"the smallest y": self.y.min(), "the largest y": self.y.max()}
-            need_number(0, len(self.classes) - 1, **ends)
-
-    def __len__(self): return len(self.x)
-    def __getitem__(self, i): return _float(self.x[i]), self.y[i]
-
-    def __getitems__(self, indices):  # a DataLoader calls this for a whole batch
-        i = torch.as_tensor(indices, device=self.x.device)
-        return _float(self.x[i]), self.y[i]
-
-    @staticmethod
-    def collate(batch): return batch  # for DataLoader(collate_fn=…): the batch is one already
-
-    def _take(self, i):
-        return replace(self, x=self.x[i.to(self.x.device)], y=self.y[i.to(self.y.device)])
-
-    def to(self, device: str | torch.device) -> TensorData:
-        """The same data with both tensors on `device`."""
-        return replace(self, x=self.x.to(device), y=self.y.to(device))
-
-    def __repr__(self):
-        what = " ".join(filter(None, [self.name, self.split])) or "TensorData"
-        kind = f"{tuple(self.x.shape[1:])} {str(self.x.dtype).removeprefix('torch.')}"
-        return f"{what}: {len(self):,} x {kind}, {len(self.classes)} classes"
+__all__ = ['FORMAT', 'cache_folder', 'names', 'load', 'augment', 'catalogue', 'cli', 'DIGITS', 'PhotoFolder', 'SAMPLES',
+           'SAMPLES_URL', 'SEVERITIES', 'SOURCES', 'Source', 'TensorData', 'WORDS', 'corrupt', 'gaussian_noise',
+           'mel_spectrogram', 'polygons']
 
 # %% ../nbs/02_data.ipynb #e337a937
 #| code-fold: true
-#| code-summary: "cache_folder, and the cache: one process makes a file, and all read it"
+#| code-summary: "cache_folder, and who may write in it"
 def cache_folder() -> Path:  # not created by asking
     """Where downloads and decoded tensors go: FEEDBACK_NB_CACHE, or this user's cache folder."""
     from pooch import os_cache
@@ -140,7 +58,9 @@ def _alone(path: Path) -> ExitStack:
         remove_leftovers(path)
     return stack
 
-
+# %% ../nbs/02_data.ipynb #b15d8dc5
+#| code-fold: true
+#| code-summary: "The cache: one process makes a file, and all read it"
 FORMAT = 2  # of the cache files; a change of decoding raises it, and old files are made anew
 
 
@@ -189,39 +109,14 @@ def _cached(path: Path, meta: dict[str, str], make: Callable) -> tuple[dict, dic
                           "or set FEEDBACK_NB_CACHE to a folder that can be written", stacklevel=3)
         return tensors, meta
 
-# %% ../nbs/02_data.ipynb #511a1e9e
+# %% ../nbs/02_data.ipynb #69be9843
 #| code-fold: true
-#| code-summary: "Source, a line of the table"
-@dataclass(frozen=True)
-class Source:
-    """Where a set comes from, how its files are found and how they are read."""
-    about: str
-    licence: str
-    origin: str
-    read: Callable  # ({split: files}, split, size, **options) -> x, y, names of the classes
-    layouts: tuple = ()  # tuples of paths under a root that must all be there; () needs no file
-    # our name -> the name in the files
-    splits: dict = field(default_factory=lambda: {"train": "train", "test": "test"})
-    fetch: Callable | None = None               # (split, size) -> [(addresses, path, checksum)]
-    megabytes: float = 0                        # to download
-    size: int | None = None                     # side that `load` takes by default; None: as stored
-    options: dict = field(default_factory=dict)
-    embedded: bool = False                      # stands in nbs/samples of the repository
-    keep: bool = True                           # decoded tensors go to the cache
-    lazy: bool = False  # too large for memory: `read` returns a data set that decodes when asked
-    advice: str = ""                            # how to get it when it cannot be downloaded
-
-
-SOURCES: dict[str, Source] = {}
-
-
+#| code-summary: "Names of sets and splits"
 def names() -> list[str]:
     """The names that `load` knows."""
     return list(SOURCES)
 
-# %% ../nbs/02_data.ipynb #69be9843
-#| code-fold: true
-#| code-summary: "How a set is found or downloaded"
+
 def _key(name: str) -> str:
     def plain(text):
         return re.sub(r"[^a-z0-9]", "", str(text).lower())
@@ -238,21 +133,15 @@ def _split(key: str, split: str) -> str:
     advice = f"load({key!r}).split_off(0.1)" if split == "valid" else f"load({key!r}, {there[0]!r})"
     raise ValueError(f"{key} has no split {split!r}, only {', '.join(there)}: try {advice}")
 
-
+# %% ../nbs/02_data.ipynb #4006318c
+#| code-fold: true
+#| code-summary: "The folders that are looked into, and the files of a set in them"
 def _root(root: str | Path | None) -> Path | None:
     """The data root that was asked for; None: there is only the cache folder."""
     who = "root=" if root is not None else "FEEDBACK_NB_DATA"
     root = os.environ.get("FEEDBACK_NB_DATA") or None if root is None else root
     if root is None or Path(root).expanduser().is_dir(): return root and Path(root).expanduser()
     raise FileNotFoundError(f"{who} names the folder {str(root)!r}, which does not exist")
-
-
-_NAME = "let root= or FEEDBACK_NB_DATA name a folder"
-
-
-def _px(size: int | None) -> str:
-    # Imagenette comes in three sizes
-    return "-160" if (size or 160) <= 160 else "-320" if size <= 320 else ""
 
 
 def _locate(key: str, split: str, size: int | None, root: Path | None) -> tuple:
@@ -272,7 +161,9 @@ def _locate(key: str, split: str, size: int | None, root: Path | None) -> tuple:
         if source.splits[split] in there: return place, there, places
     return None, {}, places
 
-
+# %% ../nbs/02_data.ipynb #d6b9a14f
+#| code-fold: true
+#| code-summary: "What is missing is downloaded"
 def _get(key: str, split: str, size: int | None, root: Path | None, download: bool) -> tuple:
     """The place that has the set and its files there, after downloading if need be."""
     source, (place, there, places) = SOURCES[key], _locate(key, split, size, root)
@@ -337,305 +228,6 @@ def load(
         tensors, meta = _cached(file, {"format": str(FORMAT), "source": source_files}, make)
     return TensorData(tensors["x"], tensors["y"].long(), json.loads(meta["classes"]), key, split)
 
-# %% ../nbs/02_data.ipynb #23f4ecc4
-#| code-fold: true
-#| code-summary: "The samples, and scikit-learn's digits"
-SAMPLES_URL = "https://raw.githubusercontent.com/feedback-nb/feedback_nb/main/nbs/samples/"
-SAMPLES = {  # sha256, as scripts/make_samples.py printed them
-    "fashion-mnist-sample.safetensors":
-        "2fbb2ae817da4863627e19abe6b5094ac8aca59bfffecc48821841c25d231863",
-    "nuclei-sample.tar": "76a40ec75bd864e28176d134717c454cd95bc14d34cc6287b6d2fab57fe8655f",
-    "spoken-digits-sample.tar": "ca7c87d09d0df2079d143f706caad54fa872c3d7c98f9cb354d6c38dcff245b3",
-}
-
-
-def _sample(file: str, about: str, licence: str, origin: str, read: Callable, **more) -> Source:
-    def fetch(split, size):
-        return [([SAMPLES_URL + file], f"samples/{file}", f"sha256:{SAMPLES[file]}")]
-    return Source(about, licence, origin, read, ((f"samples/{file}",),), fetch=fetch, megabytes=2,
-                  embedded=True, keep=False, **more)
-
-
-def _read_digits(paths, split, size):
-    from sklearn.datasets import load_digits
-    d = load_digits()  # values 0…16
-    x = torch.from_numpy(d.images).mul(255 / 16).round().to(torch.uint8)[:, None]
-    whole = TensorData(square(x, size), torch.from_numpy(d.target).long())
-    part = whole.split_off(0.2)[split == "test"]
-    return part.x, part.y, d.target_names
-
-
-def _read_sample(paths, split, size):
-    from safetensors import safe_open
-    with safe_open(paths[split][0], "pt") as f:
-        x, y = (f.get_tensor(f"{split}_{k}") for k in "xy")
-        return square(x, size), y, f.metadata()["classes"].split("\n")
-
-
-SOURCES |= {
-    "digits": Source("1,797 scanned digits, 8x8 grey", "CC BY 4.0",
-        "Alpaydin & Kaynak 1998, in scikit-learn", _read_digits, keep=False),
-    "fashion-mnist-sample": _sample("fashion-mnist-sample.safetensors",
-        "2,000 + 500 of Fashion-MNIST", "MIT", "Xiao et al. 2017", _read_sample),
-}
-
-# %% ../nbs/02_data.ipynb #a27aea76
-#| code-fold: true
-#| code-summary: "The sets of torchvision"
-def _idx(family: str, about: str, licence: str, origin: str, megabytes: float) -> Source:
-    files = [f"{family}/raw/{{split}}-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1")]
-    def published(split, size):
-        import torchvision
-        cls = getattr(torchvision.datasets, family)
-        return [([m + f for m in cls.mirrors], f"{family}/raw/{f}", f"md5:{md5}")
-                for f, md5 in cls.resources if f.startswith(split)]
-    return Source(about, licence, origin, partial(read_idx, family=family),
-                  ([f + ".gz" for f in files], files), {"train": "train", "test": "t10k"},
-                  published, megabytes)
-
-
-def _cifar(family: str, archive: str, folder: str, classes: int, megabytes: float) -> Source:
-    def published(split, size):
-        import torchvision
-        cls = getattr(torchvision.datasets, family)
-        return [([cls.url], archive, f"md5:{cls.tgz_md5}")]
-    return Source(f"50,000 + 10,000 photos, 32x32, {classes} classes",
-                  "none given, cite the report", "Krizhevsky 2009",
-                  partial(read_cifar, family=family), ((archive,), (folder,)),
-                  fetch=published, megabytes=megabytes,
-                  advice="(cifar10-jpeg has re-encoded pixels, which are not the same data)")
-
-
-SOURCES |= {
-    "mnist": _idx("MNIST", "60,000 + 10,000 digits, 28x28 grey",
-                  "CC BY-SA 3.0, as commonly given", "LeCun et al. 1998", 11.6),
-    "fashion-mnist": _idx("FashionMNIST", "60,000 + 10,000 articles of clothing, 28x28 grey", "MIT",
-                          "Xiao et al. 2017", 30.9),
-    "kuzushiji-mnist": _idx("KMNIST", "60,000 + 10,000 cursive characters, 28x28 grey",
-                            "CC BY-SA 4.0", "Clanuwat et al. 2018", 21.3),
-    "cifar10": _cifar("CIFAR10", "cifar-10-python.tar.gz", "cifar-10-batches-py", 10, 170.5),
-    "cifar100": _cifar("CIFAR100", "cifar-100-python.tar.gz", "cifar-100-python", 100, 169.0),
-}
-
-# %% ../nbs/02_data.ipynb #394bb123
-#| code-fold: true
-#| code-summary: "Photos in folders, and nuclei"
-_TERMS = "ImageNet's terms: research and education, no redistribution"
-_IMAGENETTE = {"-160": "e793b78cc4c9e9a4ccc0c1155377a412",
-               "-320": "3df6f0d01a2c9592104656642f5e78a3", "": "fe2fc210e6bb7c5664d602c3cd71e612"}
-
-
-def _imagenette(split, size):
-    file = f"imagenette2{_px(size)}.tgz"
-    return [([f"https://s3.amazonaws.com/fast-ai-imageclas/{file}"], file,
-             f"md5:{_IMAGENETTE[_px(size)]}")]
-
-
-# the labelled images that are not for training
-_HELD_OUT = {"train": "train", "valid": "val", "test": "val"}
-SOURCES |= {
-    "cifar10-jpeg": Source(
-        "CIFAR-10 after JPEG, quality 75: other pixels, other scores",
-        "none given, cite the report", "Krizhevsky 2009, re-encoded", read_photos,
-        (("cifar10-jpeg/{split}.tar.gz",), ("cifar10-jpeg/{split}",)),
-        advice=f"{_NAME} with cifar10-jpeg/train.tar.gz and test.tar.gz, or use cifar10"),
-    "imagenette": Source(
-        "9,469 + 3,925 photos of 10 easy ImageNet classes", _TERMS, "Howard 2019", read_photos,
-        (("imagenette2{px}.tgz",), ("imagenette2{px}/{split}",)), _HELD_OUT, _imagenette, 99, 160),
-    "imagenette-128": Source(
-        "4,000 + 1,000 of Imagenette, 128x128", _TERMS, "Howard 2019, resized", read_photos,
-        (("imagenette-128/{split}.tar.gz",), ("imagenette-128/{split}",)), _HELD_OUT,
-        advice=f"{_NAME} with imagenette-128/train.tar.gz and val.tar.gz, or use imagenette"),
-    "imagenet-sample": Source(
-        "one photo of each of the 1,000 ImageNet classes", _TERMS, "Russakovsky et al. 2015",
-        read_photos, (("imagenet-sample",),), {"test": "test"}, size=160,
-        advice=f"{_NAME} with imagenet-sample/<WordNet number>/<photo>.JPEG"),
-    "nuclei": Source(
-        "497 + 90 microscope images with masks of the nuclei", "CC0", "Caicedo et al. 2019",
-        read_pairs, (("nuclei/{split}",),), size=128,
-        advice=f"{_NAME} with images/ and masks/ in nuclei/train and nuclei/test"),
-    "nuclei-sample": _sample("nuclei-sample.tar", "45 + 15 of nuclei", "CC0", "Caicedo et al. 2019",
-                             read_pairs, size=128),
-}
-
-# %% ../nbs/02_data.ipynb #f7edd9c8
-#| code-fold: true
-#| code-summary: "From random numbers to corners, and from corners to pixels"
-def _corners(u: Tensor, size: int, classes: int) -> tuple[Tensor, Tensor]:
-    """Uniform draws (n, shapes, 5 + 2V) -> corners (n, shapes, V, 2), x first; their number."""
-    most = (u.shape[-1] - 5) // 2
-    number = (u[..., :1] * (6 if classes == 1 else classes)).long() + 3
-    # spare corners repeat the last one: edges of no length
-    j = torch.arange(most).minimum(number - 1)
-    angle = 2 * torch.pi * ((j + 0.8 * u[..., 5 : 5 + most].gather(-1, j)) / number + u[..., 1:2])
-    outer = size * (0.15 + 0.2 * u[..., 2:3])
-    # the whole shape stays in the picture
-    middle = outer[..., None] + (size - 2 * outer[..., None]) * u[..., None, 3:5]
-    reach = outer * (0.4 + 0.6 * u[..., 5 + most :].gather(-1, j))
-    return middle + reach[..., None] * torch.stack([angle.cos(), angle.sin()], -1), number
-
-
-def _inside(corners: Tensor, size: int) -> Tensor:
-    """Corners (n, V, 2) -> (n, size, size) bool: an odd number of edges right of the pixel."""
-    p = torch.arange(size, dtype=corners.dtype) + 0.5
-    inside = torch.zeros(len(corners), size, size, dtype=torch.bool)
-    for a, b in zip(corners.unbind(1), corners.roll(-1, 1).unbind(1)):
-        (ax, ay), (bx, by) = a[:, None].unbind(-1), b[:, None].unbind(-1)
-        # where each row meets the edge
-        at = ax + (p - ay) * (bx - ax) / torch.where(ay == by, 1, by - ay)
-        at = torch.where((ay > p) != (by > p), at, -1)
-        inside ^= p < at[..., None]
-    return inside
-
-# %% ../nbs/02_data.ipynb #11b84415
-def polygons(
-    n: int = 200,               # how many images
-    size: int = 128,            # side in pixels
-    classes: int = 1,  # 1: polygons of 3 to 8 corners are class 1; k > 1: class c has c + 2 corners
-    shapes: int = 1,            # polygons in an image; later ones lie over earlier ones
-    seed: int = 0,              # image i depends on seed, stream, classes, shapes and i alone
-    stream: int = 0,            # other random numbers of the same seed: 0 train, 1 test, 2 valid
-) -> tuple[Tensor, Tensor]:  # x (n, 1, size, size) uint8, 0 or 255; y (n, size, size) int64 masks
-    """White irregular polygons on black, and the class of each pixel."""
-    import numpy as np
-    need_number(0, n=n, seed=seed)
-    need_number(1, size=size, classes=classes, shapes=shapes)
-    corners = 8 if classes == 1 else classes + 2
-    draw = np.random.Generator(np.random.Philox(key=[seed, stream]))
-    u = draw.random((n, shapes, 5 + 2 * corners))
-    corners, number = _corners(torch.from_numpy(u), size, classes)
-    y = torch.zeros(n, size, size, dtype=torch.int64)
-    for s in range(shapes):
-        label = number[:, s, :, None] - 2 if classes > 1 else 1
-        y = torch.where(_inside(corners[:, s], size), label, y)
-    return (y > 0).to(torch.uint8)[:, None] * 255, y
-
-
-def _read_polygons(paths, split, size, *, n, **options):
-    n = (20 if split == "test" else 200) if n is None else n
-    stream, k = ("train", "test", "valid").index(split), options["classes"]
-    x, y = polygons(n, size, stream=stream, **options)
-    names = ["polygon"] if k == 1 else [f"{c + 2} corners" for c in range(1, k + 1)]
-    return x, y, ["background", *names]
-
-
-SOURCES["polygons"] = Source(
-    "white polygons on black with masks, drawn when asked for", "none needed",
-    "after Calhas & Oliveira 2025", _read_polygons,
-    splits={s: s for s in ("train", "valid", "test")}, size=128,
-    options={"n": None, "classes": 1, "shapes": 1, "seed": 0}, keep=False)
-
-# %% ../nbs/02_data.ipynb #cea7cdb4
-def gaussian_noise(
-    x: Tensor,                                  # (B, C, H, W) uint8, or float in [0, 1]
-    sigma: float,                               # standard deviation, in units of the full range
-    rescale: str | None = "clip",  # what becomes of values outside [0, 1]: "clip", "image" or None
-    generator: torch.Generator | None = None,   # on x's device; None draws from torch's own
-) -> Tensor:                                    # (B, C, H, W) float
-    """Add independent noise to every pixel of every channel."""
-    need_number(0, sigma=sigma)
-    need_known(rescale, ("clip", "image", None), "value of rescale")
-    x = _float(x) if not x.is_floating_point() else x
-    x = x + sigma * torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-    if rescale is None: return x
-    if rescale == "clip": return x.clamp(0, 1)
-    low, high = x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)
-    return (x - low) / (high - low).clamp_min(torch.finfo(x.dtype).tiny)
-
-# %% ../nbs/02_data.ipynb #6d4aee76
-#| code-fold: true
-#| code-summary: "SEVERITIES, and the noises"
-SEVERITIES = {  # levels 1…5 of CIFAR-10-C, for images of 32 x 32 pixels
-    "gaussian_noise": (0.04, 0.06, 0.08, 0.09, 0.10),       # standard deviation
-    "shot_noise": (500, 250, 100, 75, 50),                  # photons of a white pixel
-    "impulse_noise": (0.01, 0.02, 0.03, 0.05, 0.07),        # share of values turned black or white
-    "speckle_noise": (0.06, 0.1, 0.12, 0.16, 0.2),          # standard deviation, times the pixel
-    "gaussian_blur": (0.4, 0.6, 0.7, 0.8, 1.0),             # width, pixels
-    # radius of the disk, width of its edge, pixels
-    "defocus_blur": ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1.0, 0.2), (1.5, 0.1)),
-    "brightness": (0.05, 0.1, 0.15, 0.2, 0.3),              # added to the brightest channel
-    "contrast": (0.75, 0.5, 0.4, 0.3, 0.15),                # times the distance from the mean
-    "pixelate": (0.95, 0.9, 0.85, 0.75, 0.65),              # side after shrinking, as a share
-    "jpeg": (80, 65, 58, 50, 40),                           # quality
-}
-
-
-def _noise(kind: str, x: Tensor, level: float, g: torch.Generator) -> Tensor:
-    if kind == "shot_noise": return torch.poisson(x * level, generator=g) / level
-    if kind == "impulse_noise":
-        u = torch.rand(x.shape, generator=g, device=x.device)
-        return torch.where(u < level, (u < level / 2).float(), x)
-    z = level * torch.randn(x.shape, generator=g, device=x.device)
-    return x + z if kind == "gaussian_noise" else x + x * z
-
-# %% ../nbs/02_data.ipynb #3c1d3cce
-#| code-fold: true
-#| code-summary: "The blurs, pixels, contrast and brightness"
-def _disk(radius: float, soft: float) -> Tensor:
-    """A disk on a grid of 17 pixels, its edge softened by a Gaussian of three."""
-    i = torch.arange(-8.0, 9.0)
-    disk = (i[:, None] ** 2 + i**2 <= radius**2).float()
-    edge = (-torch.arange(-1.0, 2.0) ** 2 / (2 * soft**2)).exp()
-    edge = edge / edge.sum()
-    disk, edge = (disk / disk.sum())[None, None], (edge[:, None] * edge)[None, None]
-    return F.conv2d(disk, edge, padding=1)[0, 0]
-
-
-def _blur(kind: str, x: Tensor, level: float | tuple[float, float]) -> Tensor:
-    if kind == "gaussian_blur":
-        i = torch.arange(-int(4 * level + 0.5), int(4 * level + 0.5) + 1.0)
-        k = (-(i**2) / (2 * level**2)).exp()
-        kernel, edges = (k[:, None] * k) / k.sum() ** 2, "replicate"
-    else: kernel, edges = _disk(*level), "reflect"
-    kernel, channels = kernel.to(x), x.shape[1]
-    return F.conv2d(F.pad(x, [len(kernel) // 2] * 4, mode=edges),
-                    kernel.expand(channels, 1, -1, -1), groups=channels)
-
-
-def _coarse(x: Tensor, share: float) -> Tensor:
-    """Shrink and enlarge again with Pillow's box filter; resizing an identity gives its weights."""
-    import numpy as np
-    from PIL import Image
-    def both(n):
-        eye, box = Image.fromarray(np.eye(n, dtype=np.float32)), Image.Resampling.BOX
-        again = eye.resize((n, max(1, int(n * share))), box).resize((n, n), box)
-        return torch.from_numpy(np.array(again)).to(x)
-    h, w = x.shape[-2:]
-    return both(h) @ x @ both(w).T
-
-
-def _pointwise(kind: str, x: Tensor, level: float) -> Tensor:
-    if kind == "contrast": return (x - (mean := x.mean((-2, -1), keepdim=True))) * level + mean
-    value = x.amax(1, keepdim=True)  # the V of hue, saturation, value: the other two stay
-    brighter = (value + level).clamp_max(1)
-    return torch.where(value > 0, x * brighter / value.clamp_min(1e-9), brighter)
-
-# %% ../nbs/02_data.ipynb #566503e5
-def corrupt(
-    x: Tensor,          # (N, C, H, W) uint8, C = 1 or 3
-    kind: str,          # one of SEVERITIES
-    severity: int = 3,  # 1 (mild) … 5 (strong), defined for images of 32 pixels
-    seed: int = 0,      # for the kinds that draw noise
-) -> Tensor:            # (N, C, H, W) uint8 on x's device
-    """One of the CIFAR-10-C corruptions on a whole batch."""
-    need_known(kind, SEVERITIES, "corruption")
-    need_known(severity, (1, 2, 3, 4, 5), "severity")
-    if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] not in (1, 3):
-        raise TypeError(f"corrupt takes uint8 images (N, 1 or 3, H, W), got {x.dtype} "
-                        f"{tuple(x.shape)}: use (x * 255).round().byte()")
-    level, g, out = SEVERITIES[kind][severity - 1], torch.Generator(x.device).manual_seed(seed), []
-    for part in x.split(512):  # bounds the memory for floats
-        if kind == "jpeg":
-            from torchvision.transforms.v2.functional import jpeg
-            out.append(jpeg(part.cpu(), level).to(x.device))
-            continue
-        p = part.float() / 255
-        if kind.endswith("noise"): p = _noise(kind, p, level, g)
-        elif kind.endswith("blur"): p = _blur(kind, p, level)
-        else: p = _coarse(p, level) if kind == "pixelate" else _pointwise(kind, p, level)
-        out.append((p.clamp(0, 1) * 255).round().byte())
-    return torch.cat(out) if out else x.clone()
-
 # %% ../nbs/02_data.ipynb #a4e1d652
 def augment(
     x: Tensor,                                  # (B, C, H, W), any type, any device
@@ -655,112 +247,6 @@ def augment(
     channel = torch.arange(c, device=x.device)[:, None, None]
     rows, columns = rows[:, None, :, None], columns[:, None, None, :]
     return F.pad(x, [padding] * 4)[image, channel, rows, columns]
-
-# %% ../nbs/02_data.ipynb #b714d369
-def mel_spectrogram(
-    n_mels: int = 64,       # frequency bands
-    rate: int = 16000,      # samples per second
-) -> torch.nn.Module:       # (B, 1, samples) float -> (B, 1, n_mels, 1 + samples // 160) in dB
-    """The picture of a sound, as a module: for the training loop on a GPU; `load` makes it once."""
-    from torchaudio import transforms
-    mel = transforms.MelSpectrogram(rate, n_fft=1024, win_length=rate // 40, hop_length=rate // 100,
-                                    n_mels=n_mels)
-    return torch.nn.Sequential(mel, transforms.AmplitudeToDB(top_db=80))
-
-# %% ../nbs/02_data.ipynb #8aa26e63
-#| code-fold: true
-#| code-summary: "Three sets of spoken words"
-DIGITS = "eight five four nine one seven six three two zero".split()
-_OTHERS = ("backward bed bird cat dog down follow forward go happy house learn left marvin no off "
-           "on right sheila stop tree up visual wow yes")
-WORDS = sorted(DIGITS + _OTHERS.split())
-
-
-def _read_words(paths, split, size, *, n_mels, **options):
-    return read_speech(paths, split, size, picture=lambda x: mel_spectrogram(n_mels)(x), **options)
-
-
-def _fetch_speech(split, size):
-    file = "speech_commands_v0.02.tar.gz"
-    return [([f"https://storage.googleapis.com/download.tensorflow.org/data/{file}",
-              f"http://download.tensorflow.org/data/{file}"], file,
-        "sha256:af14739ee7dc311471de98f5f9d2c9191b18aedfe957f4a6ff791c709868ff58")]
-
-
-_SPOKEN = "SpeechCommands/speech_commands_v0.02"
-_LISTS = {"train": "training", "valid": "validation", "test": "testing"}
-_SOUND = {"features": "mel", "n_mels": 64, "seconds": 1.0}
-SOURCES |= {
-    "speechcommands": Source("105,829 clips of 35 spoken words, 16 kHz", "CC BY 4.0", "Warden 2018",
-        partial(_read_words, words=WORDS),
-        ((f"{_SPOKEN}/yes", _SPOKEN), ("speech_commands_v0.02.tar.gz",)),
-        _LISTS, _fetch_speech, 2429, options=_SOUND),
-    "spoken-digits": Source("3,000 clips of ten spoken digits, recorded at 8 kHz", "CC BY-SA 4.0",
-        "Jackson et al., FSDD", partial(_read_words, words=DIGITS),
-        (("SpeechCommands.tar.gz",), (f"{_SPOKEN}/zero", _SPOKEN)), _LISTS, options=_SOUND,
-        advice=f"{_NAME} with SpeechCommands.tar.gz, or use spoken-digits-sample"),
-    "spoken-digits-sample": _sample("spoken-digits-sample.tar", "40 + 20 of spoken-digits",
-        "CC BY-SA 4.0", "Jackson et al., FSDD", partial(_read_words, words=DIGITS),
-        splits={"train": "training", "test": "testing"}, options=_SOUND),
-}
-
-# %% ../nbs/02_data.ipynb #e0f61dac
-class PhotoFolder(_Parts, torch.utils.data.Dataset):
-    """Photos in one folder per class, decoded when asked for."""
-    def __init__(self,
-        folder: str | Path,  # with one folder per class, as for torchvision's ImageFolder
-        size: int = 224,                        # side in pixels after `transform`
-        # uint8 (C, H, W) of any size -> uint8 (C, size, size); None: the middle square
-        transform: Callable | None = None,
-        name: str = "",                         # which set
-        split: str = "",                        # which part of it
-        classes: Sequence[str] | None = None,   # all folders, or a name for each; None: as they are
-    ):
-        found = sorted(parts for parts, _ in images(Path(folder), ""))
-        folders = sorted({parts[0] for parts in found})
-        classes = tuple(folders if classes is None else classes)
-        if not folders: refuse(folder, "holds no images", "see where they are")
-        if set(folders) <= set(classes): folders = classes  # some may have no photo here
-        if len(classes) != len(folders):
-            refuse(folder, f"has {len(folders)} classes, expected {len(classes)}",
-                   "see whether folders are missing or do not belong there")
-        number = {folder: i for i, folder in enumerate(folders)}
-        self.files = [str(Path(folder, *parts)) for parts in found]
-        self.y, self.classes = torch.tensor([number[parts[0]] for parts in found]), classes
-        self.size, self.transform, self.name, self.split = size, transform, name, split
-
-    def __len__(self): return len(self.files)
-    def __getitem__(self, i): return self._one(i), self.y[i]
-    def __getitems__(self, indices):
-        return torch.stack([self._one(i) for i in indices]), self.y[torch.as_tensor(indices)]
-    def __repr__(self):
-        return (f"{self.name} {self.split}: {len(self):,} photos in files, "
-                f"{len(self.classes)} classes, {self.size} pixels")
-    collate = staticmethod(TensorData.collate)
-
-    def _one(self, i):
-        image = decode(self.files[i], Path(self.files[i]).read_bytes())
-        return _float(self.transform(image) if self.transform else square(image, self.size))
-
-    def _take(self, i):
-        part = copy(self)
-        part.files, part.y = [self.files[k] for k in i.tolist()], self.y[i]
-        return part
-
-
-def _read_imagenet(paths, part, split, size, key, *, transform):
-    from torchvision.models import AlexNet_Weights
-    classes = AlexNet_Weights.IMAGENET1K_V1.meta["categories"]
-    return PhotoFolder(paths[part][-1], size, transform, key, split, classes)
-
-
-SOURCES["imagenet"] = Source(
-    "1,281,167 + 50,000 photos, 1,000 classes, left in their files", _TERMS,
-    "Russakovsky et al. 2015", _read_imagenet,
-    (("imagenet/{split}",), ("ILSVRC/Data/CLS-LOC/{split}",), ("{split}/n01440764", "{split}")),
-    _HELD_OUT, size=224, options={"transform": None}, keep=False, lazy=True,
-    advice=f"get it from image-net.org and {_NAME} with imagenet/train and imagenet/val, "
-           "one folder per class in each")
 
 # %% ../nbs/02_data.ipynb #c77729c3
 #| code-fold: true

@@ -14,204 +14,41 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import torch
 from torch import nn
 
-from .checks import need_equal, need_known, need_number
-from .cost import cost  # noqa: F401 (was here first)
+from . import training
+from .checks import need_known
+from .cost import cost  # noqa: F401 (was here first, as most of what follows)
+from .layers import device_of
+from .metrics import calibration, predictions, reliability  # noqa: F401
 from .records import FORMAT, code_state, describe_data, describe_model
 from .records import find_record, made_by, merge_record, missing_runs, plain_setting
-from feedback_nb.robustness import (  # noqa: F401 (most were here first)
-    _seeded,
-    area,
-    calibration,
-    corruption_curve,
-    fgsm_curve,
-    masking_check,
-    noise_curve,
-    pgd_curve,
-    predictions,
-    reliability,
-)
+from .robustness import _seeded, area, corruption_curve, fgsm_curve  # noqa: F401
+from .robustness import masking_check, noise_curve, pgd_curve  # noqa: F401
+from .statistics import (Paired, biased_answer, bootstrap_interval, class_moments,
+                                    crossed_interval, from_digits, holm, margins, paired,
+                                    significance, smallest_effect, to_digits)
+
+_all_ = ["Paired", "biased_answer", "bootstrap_interval", "class_moments", "crossed_interval",
+         "from_digits", "holm", "margins", "paired", "significance", "smallest_effect", "to_digits"]
 
 if TYPE_CHECKING:
     from numpy import ndarray
     from pandas import DataFrame
 
 # %% auto #0
-__all__ = ['Paired', 'smallest_effect', 'paired', 'holm', 'significance', 'Comparison', 'compare', 'recorded', 'right_answers',
-           'crossed_interval', 'margins', 'biased_answer', 'to_digits', 'from_digits', 'bootstrap_interval',
-           'class_moments']
-
-# %% ../nbs/04_evaluation.ipynb #7a3aa3f7
-#| code-fold: true
-#| code-summary: "paired and smallest_effect"
-class Paired(NamedTuple):
-    """What the same seeds say about two models: the differences a - b, pair by pair."""
-
-    n: int  # pairs
-    difference: float  # mean of a - b
-    low: float  # interval of that mean, Student's t with n - 1 degrees of freedom
-    high: float
-    t: float  # mean / (std · √(1/n + shared)), std with n - 1
-    p: float  # two-sided
-    wilcoxon_p: float  # two-sided, signed ranks, at least 2 / 2ⁿ; knows nothing of `shared`
-    d_z: float  # Cohen's d for pairs: mean / std of the differences
-    r: float  # correlation of a and b; 0 when one of them has no spread
-    welch_p: float  # two-sided, of Welch's test, which knows of no pairs
-    within: float  # |gain| is below this: two one-sided tests (TOST), each at 1 - level
-    detectable: float  # a gain that this test finds with probability 0.8, at this std
-
-
-def _scores(values: Iterable[float], name: str) -> list[float]:
-    """The values as floats; ValueError at one that is not finite."""
-    values = [float(v) for v in values]
-    for i, v in enumerate(values):
-        if not math.isfinite(v):
-            raise ValueError(f"{name} holds {v} at position {i}: repeat that run, or leave it out")
-    return values
-
-
-@lru_cache
-def smallest_effect(
-    n: int,  # pairs
-    *,
-    shared: float = 0.0,  # as for `paired`
-    level: float = 0.95,  # of the interval; a gain is found when zero lies outside
-    power: float = 0.8,  # probability of finding it
-) -> float:  # in standard deviations of the differences: d_z
-    """The gain that a paired t-test of n pairs finds with probability `power`."""
-    import numpy as np
-    from scipy import optimize, stats
-
-    need_number(2, whole=True, n=n)
-    middles = (np.arange(4000) + 0.5) / 4000  # of the spread's distribution; scipy's nct gives NaN
-    limit = stats.t.ppf((1 + level) / 2, n - 1) * (stats.chi2.ppf(middles, n - 1) / (n - 1)) ** 0.5
-
-    def excess(gain):
-        return np.mean(stats.norm.cdf([gain - limit, -gain - limit]).sum(0)) - power
-
-    gain = optimize.brentq(excess, 0, 10 + 4 * limit.max())
-    return gain * math.sqrt(1 / n + shared)
-
-
-def paired(
-    a: Iterable[float],  # scores of one model, one for each seed
-    b: Iterable[float],  # scores of the other, the same seeds in the same order
-    *,
-    shared: float = 0.0,  # n_test / n_train where each seed splits one data set anew, else 0
-    level: float = 0.95,  # of the interval
-) -> Paired:
-    """Paired t-test, Wilcoxon's and Welch's, bound and smallest effect of a - b; two pairs or more.
-
-    `shared` is the correction of Nadeau and Bengio (2003) for training sets that overlap.
-    """
-    import numpy as np
-    from scipy import stats
-
-    a, b = _scores(a, "a"), _scores(b, "b")
-    n = len(a)
-    need_equal(len(b), n, "scores in b")
-    need_number(2, **{"number of pairs": n})
-    need_number(0, shared=shared)
-    # what is equal but for rounding; below 1e-150 squares, and with them the spread, become 0
-    rounding, wider = max(1e-12 * max(map(abs, a + b)), 1e-150), math.sqrt(1 + n * shared)
-    differences = [x - y if abs(x - y) > rounding else 0.0 for x, y in zip(a, b)]
-    differences = [float(f"{d:.10g}") for d in differences]  # so that equal ranks tie
-    mean, loose = sum(differences) / n, [np.ptp(v) > rounding for v in (a, b)]
-    wilcoxon = float(stats.wilcoxon(differences).pvalue) if any(differences) else 1.0
-    r = float(np.corrcoef(a, b)[0, 1]) if all(loose) else 0.0
-    same = 0.0 if mean else 1.0  # the p-value of differences without spread
-    spreads = [v for x in (a, b) for v in (np.mean(x), wider * np.std(x, ddof=1), n)]
-    welch = stats.ttest_ind_from_stats(*spreads, equal_var=False).pvalue if any(loose) else same
-    if max(differences) - min(differences) <= rounding:
-        if mean:
-            warnings.warn(f"all {n} differences are {mean:g}, so t is infinite: "
-                          "are these independent runs?", RuntimeWarning, stacklevel=2)
-        t = math.copysign(math.inf, mean) if mean else 0.0
-        return Paired(n, mean, mean, mean, t, same, wilcoxon, t, r, float(welch), abs(mean), 0.0)
-    std, student = float(np.std(differences, ddof=1)), stats.t(n - 1)
-    error = std * math.sqrt(1 / n + shared)
-    t, half = mean / error, float(student.ppf((1 + level) / 2)) * error
-    return Paired(n, mean, mean - half, mean + half, t, 2 * float(student.sf(abs(t))), wilcoxon,
-                  mean / std, r, float(welch), abs(mean) + float(student.ppf(level)) * error,
-                  std * smallest_effect(n, shared=shared, level=level))
-
-# %% ../nbs/04_evaluation.ipynb #67d26f2d
-#| code-fold: true
-#| code-summary: "holm"
-def holm(
-    ps: Iterable[float],  # p-values of m tests
-) -> list[float]:  # adjusted, in the same order: below a level, any false alarm is as rare as that
-    """Holm's step-down adjustment for several tests; ValueError for a p outside [0, 1]."""
-    ps = _scores(ps, "ps")
-    need_number(0, 1, **{f"p-value {i}": p for i, p in enumerate(ps)})
-    adjusted, worst = [0.0] * len(ps), 0.0
-    for rank, i in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
-        worst = max(worst, min(1.0, (len(ps) - rank) * ps[i]))  # not below that of a smaller p
-        adjusted[i] = worst
-    return adjusted
-
-# %% ../nbs/04_evaluation.ipynb #f31061f8
-#| code-fold: true
-#| code-summary: "significance"
-def _summary(values: list[float], level: float, shared: float = 0.0) -> dict:
-    """n, mean and, from two values on, std (n - 1) and the interval of the mean by Student's t."""
-    from scipy import stats
-
-    n, mean = len(values), math.fsum(values) / len(values)
-    if n < 2:
-        return {"n": n, "mean": mean}
-    std = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
-    half = float(stats.t.ppf((1 + level) / 2, n - 1)) * std / math.sqrt(n / (1 + n * shared))
-    return {"n": n, "mean": mean, "std": std, "low": mean - half, "high": mean + half}
-
-
-def significance(
-    # {model: {seed: score}}, or {model: scores in the order of the seeds}
-    scores: Mapping[str, Mapping[int, float] | Sequence[float]],
-    baseline: str | None = None,  # the model the others are tested against; None: the first
-    *,
-    scale: float = 1.0,  # multiplies scores and differences: 100 shows fractions in percent
-    shared: float = 0.0,  # as for `paired`
-    level: float = 0.95,  # of the intervals
-) -> DataFrame:  # a row per model; columns of what cannot be computed from one run stay empty
-    """Mean, std (n - 1), interval, paired tests against the baseline over common seeds, Holm."""
-    import pandas as pd
-
-    scores = {name: dict(s) if isinstance(s, Mapping) else dict(enumerate(s))
-              for name, s in scores.items()}
-    baseline = next(iter(scores)) if baseline is None else baseline
-    need_known(baseline, scores, "model")
-    need_number(1, **{f"runs of {name}": len(runs) for name, runs in scores.items()})
-    rows, ps = {}, {}
-    for name, runs in scores.items():
-        rows[name] = _summary([scale * v for v in _scores(runs.values(), name)], level, shared)
-        common = sorted(runs.keys() & scores[baseline].keys())
-        if name != baseline and len(common) >= 2:
-            mine, theirs = ([scale * r[s] for s in common] for r in (runs, scores[baseline]))
-            test = paired(mine, theirs, shared=shared, level=level)._asdict()
-            pairs, ps[name] = test.pop("n"), test["p"]
-            low, high = test.pop("low"), test.pop("high")
-            test = {"pairs": pairs, "difference": test.pop("difference"), "diff_low": low,
-                    "diff_high": high, "t": test.pop("t"), "p": test.pop("p"), "p_holm": None,
-                    **test}
-            rows[name] |= test
-    for name, p in zip(ps, holm(ps.values())):
-        rows[name]["p_holm"] = p
-    table = pd.DataFrame.from_dict(rows, orient="index")
-    if len(ps) < 2:
-        table = table.drop(columns="p_holm", errors="ignore")  # one test needs no correction
-    return table.astype({c: "Int64" for c in ("n", "pairs") if c in table})
+__all__ = ['Comparison', 'compare', 'recorded', 'right_answers', 'Paired', 'biased_answer', 'bootstrap_interval', 'class_moments',
+           'crossed_interval', 'from_digits', 'holm', 'margins', 'paired', 'significance', 'smallest_effect',
+           'to_digits']
 
 # %% ../nbs/04_evaluation.ipynb #b209f917
 #| code-fold: true
-#| code-summary: "One run: build, train, test, measure"
+#| code-summary: "One run: what it is made of"
 def _rounded(value: Any) -> Any:
     """What a results file holds: numbers to 7 digits, NaN and infinity as None, arrays as lists."""
     value = value.tolist() if hasattr(value, "tolist") else value  # of torch and NumPy
@@ -258,16 +95,15 @@ def _beside(row: dict, more: Any) -> dict:
                       f"measured_{taken[0]} …", RuntimeWarning, stacklevel=2)
     return {f"measured_{k}" if k in own else str(k): v for k, v in more.items()}
 
-
+# %% ../nbs/04_evaluation.ipynb #824690dc
+#| code-fold: true
+#| code-summary: "One run: train, test, measure"
 def _run(name: str, seed: int, factory: Callable, data, settings: dict, measure, fit, evaluate,
          threads: int | None = None):
     """Build, train and test one model with one seed -> (row, history, device, threads)."""
     if threads:
         torch.set_num_threads(threads)
-    if fit is None or evaluate is None:
-        from feedback_nb import training
-
-        fit, evaluate = fit or training.fit, evaluate or training.evaluate
+    fit, evaluate = fit or training.fit, evaluate or training.evaluate
     train, valid, test = parts = _parts(data, seed)
     began = time.perf_counter()
     model, own = _build(name, factory, seed)
@@ -291,8 +127,7 @@ def _run(name: str, seed: int, factory: Callable, data, settings: dict, measure,
             "epochs": len(history), "train_seconds": seconds, "test_seconds": ended - trained,
             "wall_seconds": ended - began}
     past = {**who, **{c: history[c].tolist() for c in history}}
-    device = str(next((p.device for p in model.parameters()), "cpu"))
-    return _rounded(row), _rounded(past), device, torch.get_num_threads()
+    return _rounded(row), _rounded(past), str(device_of(model)), torch.get_num_threads()
 
 
 def _run_all(jobs: Sequence[tuple], workers: int):
@@ -368,10 +203,9 @@ class Comparison:
         """The test score after every feedback step; ValueError when there is none."""
         import pandas as pd
 
-        rows = {seed: row.get(f"{metric}_per_step") for seed, row in self._rows(model).items()}
-        if None in rows.values():
-            raise ValueError(f"{model!r} has no {metric} per step: choose a FeedbackModel")
-        table = pd.DataFrame.from_dict(rows, orient="index")
+        rows, column = self._rows(model), f"{metric}_per_step"
+        need_known(column, set.intersection(*map(set, rows.values())), f"column of {model!r}")
+        table = pd.DataFrame.from_dict({k: row[column] for k, row in rows.items()}, orient="index")
         return table.rename_axis(index="seed", columns="step")
 
     def examples(
@@ -399,9 +233,9 @@ class Comparison:
 
 # %% ../nbs/04_evaluation.ipynb #4a4725d5
 #| code-fold: true
-#| code-summary: "compare and recorded"
+#| code-summary: "What is going to be run, and whether it can be"
 # these change where and how a run is made, not what comes out
-_NOT_SETTINGS = ("device", "progress", "resume", "tracker", "workers", "checkpoint_every")
+_NOT_SETTINGS = "device", "progress", "resume"
 
 
 def _plan(factories: Mapping, data, seeds: list[int], settings: dict, per_model: dict,
@@ -437,7 +271,9 @@ def _checked(factories, seeds, settings, per_model) -> list[int]:
             raise ValueError(f"{taken} cannot be a setting of fit: compare gives it (checkpoints=)")
     return seeds
 
-
+# %% ../nbs/04_evaluation.ipynb #4e6123e5
+#| code-fold: true
+#| code-summary: "Which data a run was made with, and where its checkpoints are"
 def _check_same_data(data, record: dict, done: set, reused: bool) -> None:
     """ValueError where runs would be taken from a file, or a folder, for data that differ."""
     unknown = [split for split, d in record["data"].items() if "digest" in d and not d["digest"]]
@@ -460,7 +296,9 @@ def _checkpoint(folder, name: str, seed: int, data, record: dict) -> dict:
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
     return {"checkpoint": Path(folder) / f"{quote(name, safe=' ,()=+')}-{seed}-{digest}"}
 
-
+# %% ../nbs/04_evaluation.ipynb #68e89f89
+#| code-fold: true
+#| code-summary: "compare"
 def compare(
     # {name: () -> module, or (module, settings of its own)}: called for every seed, with it set
     factories: Mapping[str, Callable],
@@ -503,7 +341,9 @@ def compare(
     asked = {k: [r for r in record[k] if r["seed"] in seeds] for k in ("rows", "histories")}
     return Comparison({**record, **asked}, list(factories), metric)
 
-
+# %% ../nbs/04_evaluation.ipynb #ff21de7a
+#| code-fold: true
+#| code-summary: "recorded"
 def recorded(
     name: str | Path,  # "cbl-images" for results/cbl-images.json of the checkout, or a path
     metric: str = "accuracy",  # column that the tables are about
@@ -514,7 +354,7 @@ def recorded(
 
 # %% ../nbs/04_evaluation.ipynb #4d326c50
 #| code-fold: true
-#| code-summary: "right_answers and crossed_interval"
+#| code-summary: "right_answers"
 def right_answers(
     model: nn.Module,  # logits (B, C)
     test,  # Dataset of (x, y), DataLoader, or a pair of tensors
@@ -522,122 +362,3 @@ def right_answers(
     """What `Comparison.examples` reads: give it to `compare` as `measure`."""
     logits, y = predictions(model, test)
     return {"right": "".join(str(int(v)) for v in logits[-1].argmax(1) == y)}
-
-
-def crossed_interval(
-    differences: ndarray,  # (seeds, examples): score of a minus score of b
-    level: float = 0.95,
-) -> tuple[float, float]:  # (low, high) of the mean
-    """Interval of the mean for new seeds and new test examples: both were drawn at random."""
-    import numpy as np
-    from scipy import stats
-
-    d = np.asarray(differences, dtype=float)
-    seeds, examples = d.shape
-    need_number(2, seeds=seeds, examples=examples)
-    of_seeds, of_examples = d.mean(1, keepdims=True), d.mean(0, keepdims=True)
-    degrees = np.array([seeds - 1, examples - 1, (seeds - 1) * (examples - 1)])
-    parts = of_seeds - d.mean(), of_examples - d.mean(), d - of_seeds - of_examples + d.mean()
-    squares = [seeds * examples * np.mean(part**2) for part in parts]
-    terms = np.array(squares) / degrees * [1, 1, -1]
-    if terms[1:].sum() < 0:
-        terms[1:] = 0.0
-    freedom = terms.sum() ** 2 / max((terms**2 / degrees).sum(), 1e-300)
-    half = stats.t.ppf((1 + level) / 2, max(freedom, 1)) * math.sqrt(terms.sum() / d.size)
-    return float(d.mean() - half), float(d.mean() + half)
-
-# %% ../nbs/04_evaluation.ipynb #a0d1578e
-#| code-fold: true
-#| code-summary: "margins and biased_answer"
-def margins(
-    logits: torch.Tensor,  # (n, classes), of a plain pass
-    targets: torch.Tensor,  # (n, k) numbers of classes that are asked for, one question each
-) -> torch.Tensor:  # (n, k): a bias above the margin makes the target the answer
-    """By how much the best other logit exceeds that of each target."""
-    best = [logits.scatter(1, target[:, None], -torch.inf).amax(1) for target in targets.T]
-    return torch.stack(best, 1) - logits.gather(1, targets)
-
-
-def biased_answer(
-    margin,  # (…, n, shown + k) array of `margins`: of classes that are shown, then of absent ones
-    false_alarms,  # (…) rate of false alarms in [0, 1]
-    *,
-    shown: int = 2,  # how many of the classes asked for are shown
-    largest: bool = True,  # of all biases with that rate of false alarms; False: the smallest
-):  # (…) rate of hits
-    """Hits of a network that looks at nothing: a bias on the target sets its false alarms."""
-    import numpy as np
-
-    margin, rate = np.asarray(margin), np.asarray(false_alarms)
-    need_number(1, margin.shape[-1] - 1, whole=True, shown=shown)
-    need_number(0, 1, lowest_rate=rate.min(), highest_rate=rate.max())
-    inf = np.full((*margin.shape[:-2], 1), np.inf)
-    absent = np.sort(margin[..., shown:].reshape(*inf.shape[:-1], -1), -1)
-    ends = np.concatenate([-inf, absent, inf], -1)  # a bias between two ends: so many false alarms
-    at = np.rint(np.broadcast_to(rate, inf.shape[:-1]) * absent.shape[-1]).astype(int) + largest
-    bias, asked = np.take_along_axis(ends, at[..., None], -1)[..., None], margin[..., :shown]
-    return (asked < bias if largest else asked <= bias).mean((-2, -1))
-
-# %% ../nbs/04_evaluation.ipynb #da90a686
-#| code-fold: true
-#| code-summary: "to_digits, from_digits and bootstrap_interval"
-def to_digits(
-    hits: torch.Tensor,  # (n, 2) bool, looks at the two shown classes
-    false_alarms: torch.Tensor,  # (n, k) bool, looks at absent ones
-) -> str:  # n digits, for a record
-    """A digit for each triplet: the number of hits, and 3 for every false alarm."""
-    return "".join(str(int(v)) for v in hits.sum(1) + 3 * false_alarms.sum(1))
-
-
-def from_digits(
-    text: str,  # from `to_digits`
-    looks: int = 1,  # k: how often absent classes were looked for
-) -> tuple:  # arrays (n,): shares of hits and of false alarms
-    """What `to_digits` has kept of each triplet."""
-    import numpy as np
-
-    digits = np.array([int(c) for c in text])
-    return digits % 3 / 2, digits // 3 / looks
-
-
-def bootstrap_interval(
-    n: int,  # examples
-    statistic: Callable,  # array of example numbers (…, n), drawn with replacement -> (…)
-    *,
-    level: float = 0.95,  # of the interval
-    resamples: int = 999,
-    seed: int = 0,
-) -> tuple[float, float]:  # (low, high)
-    """Percentile bootstrap of any statistic of n examples; it gets all resamples at once."""
-    import numpy as np
-    from scipy.stats import bootstrap
-
-    how = dict(n_resamples=resamples, confidence_level=level, method="percentile", vectorized=True)
-    draw = np.random.default_rng(seed)
-    found = bootstrap((np.arange(n),), lambda i, axis=-1: statistic(i), random_state=draw, **how)
-    return tuple(found.confidence_interval)
-
-# %% ../nbs/04_evaluation.ipynb #168ef20e
-#| code-fold: true
-#| code-summary: "class_moments"
-def class_moments(
-    sums: dict,  # {class: (n, mean, sum of squared deviations)} so far; {} before the first batch
-    a: torch.Tensor,  # (B, …) one more batch
-    y: torch.Tensor,  # (B,) class numbers
-) -> dict:  # `sums`, changed in place, in float64
-    """One more batch for means and variances by class; the variance is the sum over n - 1."""
-    a = (a.cpu() if a.device.type == "mps" else a).double()  # Metal has no float64
-    need_equal(y.dim(), 1, "dimensions of the labels")
-    y = y.to(a.device)
-    for c in y.unique().tolist():
-        need_number(0, whole=True, label=c)
-        part = a[y == c]
-        n, mean = len(part), part.mean(0)
-        squares = (part - mean).square().sum(0)
-        if c in sums:
-            n0, mean0, squares0 = sums[c]
-            step, n = mean - mean0, n0 + n
-            mean = mean0 + step * (len(part) / n)
-            squares = squares0 + squares + step.square() * (n0 * len(part) / n)
-        sums[c] = n, mean, squares
-    return sums

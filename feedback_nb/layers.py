@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['closest_layers', 'find_layers', 'Named', 'call_network', 'tensors', 'shapes', 'told', 'state_of', 'with_state',
-           'Taps', 'edit', 'tap', 'at_rest', 'layer_shapes', 'Call', 'trace_calls', 'settled_before', 'Site',
-           'plan_sites']
+           'Taps', 'edit', 'tap', 'device_of', 'kept_modes', 'at_rest', 'layer_shapes', 'Call', 'trace_calls',
+           'settled_before', 'Site', 'plan_sites']
 
 # %% ../nbs/95_layers.ipynb #9433a2df
 #| code-fold: true
@@ -202,17 +202,32 @@ def tap(
         yield seen
 
 # %% ../nbs/95_layers.ipynb #4f197bf9
+def device_of(
+    model: nn.Module,
+) -> torch.device:  # where its parameters are; the CPU for a model that has none
+    """Where a model takes its inputs."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
 @contextmanager
-def at_rest(net):
-    """Eval mode and no gradients inside the block; every module's own mode is put back after it."""
-    modes = [(module, module.training) for module in net.modules()]
+def kept_modes(
+    model: nn.Module,  # the model
+):  # a context manager
+    """Put every module's own train/eval mode back on leaving the block."""
+    modes = [(module, module.training) for module in model.modules()]
     try:
-        net.eval()
-        with torch.no_grad():
-            yield
+        yield model
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def at_rest(net):
+    """Eval mode and no gradients inside the block; every module's own mode is put back after it."""
+    with kept_modes(net), torch.no_grad():
+        net.eval()
+        yield
 
 
 def layer_shapes(

@@ -9,13 +9,17 @@ __all__ = ['RELEASED', 'ALEXNET', 'fetch_weights', 'read_weights', 'released_key
 #| code-fold: true
 #| code-summary: "Imports"
 import re
+import shutil
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import torch
 from torch import nn
 
 from .data import cache_folder
-from .files import checksum
+from .files import checksum, written_whole
+from .readers import fetch
 
 # %% ../nbs/34_released.ipynb #1a1e82de
 RELEASED = "https://s3.us-east-1.wasabisys.com/visionlab-projects/dnn_feedback_dev/logs/"
@@ -40,6 +44,15 @@ ALEXNET = {
 }
 
 # %% ../nbs/34_released.ipynb #e65c1200
+def _get(url, path):
+    """The file at an address, whole or not at all."""
+    if url.startswith("file:"):
+        with written_whole(path) as file:
+            shutil.copyfile(url2pathname(urlsplit(url).path), file)
+    else:
+        fetch([url], path, None)  # the name holds a part of the checksum, which is compared below
+
+
 def fetch_weights(
     url: str,  # of a file whose name ends in -XXXXXXXXXX.pth, the start of its sha256
     folder: str | Path | None = None,  # where it is kept; None: the package's cache folder
@@ -51,7 +64,7 @@ def fetch_weights(
     if given and new:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            torch.hub.download_url_to_file(url, str(path), progress=False)
+            _get(url, path)
         except OSError as error:
             error.add_note(f"{url} could not be fetched; fetch it by hand and pass weights=path")
             raise

@@ -17,73 +17,29 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .checks import need_equal, need_known, need_number
-from .feedback import FeedbackModel
+from .checks import need_known, need_number
+from .layers import kept_modes
+from .metrics import (_batches, _need_finite, _outputs, calibration, predictions,
+                                 reliability)
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+_all_ = ["calibration", "predictions", "reliability"]
+
 # %% auto #0
-__all__ = ['noise_curve', 'corruption_curve', 'attack', 'fgsm_curve', 'pgd_curve', 'area', 'masking_check', 'predictions',
-           'reliability', 'calibration']
+__all__ = ['noise_curve', 'corruption_curve', 'attack', 'fgsm_curve', 'pgd_curve', 'area', 'masking_check', 'calibration',
+           'predictions', 'reliability']
 
 # %% ../nbs/07_robustness.ipynb #7d6aa265
 #| code-fold: true
-#| code-summary: "Batches, answers after every step, and their sums"
-def _batches(data, batch_size: int, device: torch.device):
-    """(x, y) batches on the device, in order, from a Dataset, a DataLoader or a pair of tensors."""
-    from torch.utils.data import DataLoader, TensorDataset, default_collate
-
-    if isinstance(data, (tuple, list)) and len(data) == 2 and all(map(torch.is_tensor, data)):
-        data = TensorDataset(*data)
-    if not isinstance(data, DataLoader):
-        need_number(1, **{"size of the data set": len(data)})
-        def whole(batch):  # a data set of this package hands over batches
-            return batch if isinstance(batch, tuple) else default_collate(batch)
-
-        # a generator of its own, or a loader draws from torch's
-        data = DataLoader(data, batch_size, collate_fn=whole, generator=torch.Generator())
-    for x, y in data:
-        yield x.to(device), y.to(device)
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module):
-    """Eval mode inside the block; every module's own mode after it. Gives the model's device."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield next((p.device for p in model.parameters()), torch.device("cpu"))
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
+#| code-summary: "Random numbers, and sums of the answers"
 def _seeded(seed: int):
     """A block with torch's random state from `seed`; put back after it."""
     stack = contextlib.ExitStack()
     stack.enter_context(torch.random.fork_rng(range(torch.cuda.device_count())))
     torch.manual_seed(seed)
     return stack
-
-
-def _outputs(model: nn.Module, x: torch.Tensor, steps: int | None) -> list[torch.Tensor]:
-    """The logits after each of T steps, (B, C, …); of a plain network just its own."""
-    model = getattr(model, "_orig_mod", model)  # of torch.compile, whose wrapper has no steps
-    if isinstance(model, FeedbackModel):
-        outputs = model.trajectory(x, steps=steps).outputs
-        missing = (model.steps if steps is None else steps) + 1 - len(outputs)
-        return outputs + outputs[-1:] * missing  # settled early: it stays there
-    if steps is not None:
-        raise ValueError(f"{type(model).__name__} is no FeedbackModel; leave steps={steps} out")
-    return [model(x)]
-
-
-def _need_finite(outputs: Iterable[torch.Tensor], first: int = 0) -> None:
-    for t, logits in enumerate(outputs, first):
-        if not torch.isfinite(logits).all():
-            why = f"the outputs of step {t} are not finite"
-            raise FloatingPointError(f"{why}: look at the weights and the input")
 
 
 def _sums(outputs: list[torch.Tensor], y: torch.Tensor) -> torch.Tensor:
@@ -104,8 +60,9 @@ def _curve(model: nn.Module, data, column: str, levels: Sequence, changed: Calla
 
     need_number(1, **{f"values of {column}": len(levels)})
     totals = [0.0] * len(levels)
-    with _evaluating(model) as device:
-        for x, y in _batches(data, batch_size, device):
+    with kept_modes(model):
+        model.eval()
+        for x, y in _batches(data, batch_size, model):
             for i, x_changed in enumerate(changed(x, y)):
                 with torch.no_grad():
                     totals[i] = _sums(_outputs(model, x_changed, steps), y) + totals[i]
@@ -199,7 +156,7 @@ def corruption_curve(
 
 # %% ../nbs/07_robustness.ipynb #3a2f59d9
 #| code-fold: true
-#| code-summary: "attack: FGSM and PGD on the answer after the last step"
+#| code-summary: "captum's attacks, on the answer after the last step"
 def _captum():
     """captum's attacks; ImportError that says how to get them."""
     try:
@@ -236,7 +193,9 @@ def _signs(model, x, y, steps, rescale) -> torch.Tensor:
     free = -math.inf, math.inf
     return (_perturb(_captum()[0], model, x, y, steps, free, rescale, epsilon=1.0) - x).round()
 
-
+# %% ../nbs/07_robustness.ipynb #a1f30a39
+#| code-fold: true
+#| code-summary: "The strongest of several attacks"
 def _strongest(model, x, y, steps, tries: Iterable[torch.Tensor]) -> torch.Tensor:
     """For each example, the changed input with the highest loss, wrong answers first."""
     best, worst = x, torch.full((len(x),), -math.inf, device=x.device)
@@ -250,7 +209,9 @@ def _strongest(model, x, y, steps, tries: Iterable[torch.Tensor]) -> torch.Tenso
         worst = score.where(take, worst)
     return best
 
-
+# %% ../nbs/07_robustness.ipynb #d973573b
+#| code-fold: true
+#| code-summary: "attack: FGSM and PGD"
 def attack(
     model: nn.Module,  # logits (B, C, …); gradients go through all feedback steps
     x: torch.Tensor,  # inputs, (B, …)
@@ -268,7 +229,8 @@ def attack(
     need_number(0, iterations=iterations)
     need_number(1, restarts=restarts)
     low, high = _limits(x, bounds)
-    with _evaluating(model):
+    with kept_modes(model):
+        model.eval()
         if iterations == 0:
             return (x + epsilon * _signs(model, x, y, steps, rescale)).clamp(low, high)
         _, PGD = _captum()
@@ -398,88 +360,3 @@ def masking_check(
         warnings.warn(f"the gradient is masked: '{found}' finds more than PGD with {iterations} "
                       "steps; do not call its curve robustness", RuntimeWarning, stacklevel=2)
     return table
-
-# %% ../nbs/07_robustness.ipynb #44f20988
-#| code-fold: true
-#| code-summary: "predictions, reliability and calibration"
-@torch.no_grad()
-def predictions(
-    model: nn.Module,  # logits (B, C, …)
-    data,  # Dataset of (x, y), DataLoader, or a pair of tensors
-    *,
-    batch_size: int = 256,  # inputs at a time
-    steps: int | None = None,  # feedback steps T; None: the model's own
-) -> tuple[torch.Tensor, torch.Tensor]:  # logits (T + 1, N, C, …) and targets (N, …), on the CPU
-    """The answers after every step (T = 0 for a plain network), and what they should have been."""
-    logits, targets = [], []
-    with _evaluating(model) as device:
-        for x, y in _batches(data, batch_size, device):
-            outputs = _outputs(model, x, steps)
-            _need_finite(outputs)
-            logits.append(torch.stack(outputs).float().cpu())
-            targets.append(y.cpu())
-    return torch.cat(logits, 1), torch.cat(targets)
-
-
-def _binned(logits: torch.Tensor, y: torch.Tensor, bins: int) -> torch.Tensor:
-    """(3, bins): answers with a confidence in each bin, its sum, and how many are right."""
-    need_equal(len(y), len(logits), "targets")
-    known = y != -100
-    confidence, answer = logits.detach().double().softmax(1).max(1)
-    confidence, right = confidence[known], (answer == y)[known].double()
-    if not torch.isfinite(confidence).all():
-        raise ValueError("the logits are not finite: look at the weights and the input")
-    ends = torch.linspace(0, 1, bins + 1, dtype=torch.float64, device=y.device)[1:-1]
-    where = torch.bucketize(confidence, ends)
-    weights = torch.ones_like(confidence), confidence, right
-    return torch.stack([torch.bincount(where, weights=w, minlength=bins) for w in weights])
-
-
-def reliability(
-    logits: torch.Tensor,  # (N, C, …)
-    y: torch.Tensor,  # (N, …), class numbers; -100: left out
-    bins: int = 15,  # of equal width between 0 and 1
-) -> DataFrame:  # a row per bin that holds something: low, high, n, confidence, accuracy
-    """How often the network is right, where it says it is so sure."""
-    import pandas as pd
-
-    need_number(1, bins=bins, targets=len(y))
-    n, sure, right = _binned(logits, y, bins).cpu()
-    ends = torch.arange(bins + 1) / bins
-    table = pd.DataFrame({"low": ends[:-1], "high": ends[1:], "n": n.long(), "confidence": sure / n,
-                          "accuracy": right / n})
-    return table[table["n"] > 0].reset_index(drop=True)
-
-
-@torch.no_grad()
-def calibration(
-    model: nn.Module,  # logits (B, C, …)
-    data,  # Dataset of (x, y), DataLoader, or a pair of tensors
-    *,
-    bins: int = 15,  # of equal width
-    batch_size: int = 256,  # inputs at a time
-    steps: int | None = None,  # feedback steps T; None: the model's own
-) -> DataFrame:  # a row per step t: accuracy, mean confidence, ece, loss (nats), brier
-    """Does the network know how sure it may be, and does feedback change that? In one pass."""
-    import pandas as pd
-
-    need_number(1, bins=bins)
-    tables, sums = 0, 0
-    with _evaluating(model) as device:
-        for x, y in _batches(data, batch_size, device):
-            outputs = _outputs(model, x, steps)
-            tables = torch.stack([_binned(out, y, bins) for out in outputs]).cpu() + tables
-            sums = torch.stack([_proper_scores(out.float(), y) for out in outputs]).cpu() + sums
-    n, sure, right = tables.movedim(1, 0)
-    total, scores = n.sum(1), (sums / n.sum(1, keepdim=True)).T
-    columns = {"accuracy": right.sum(1) / total, "confidence": sure.sum(1) / total,
-               "ece": (right - sure).abs().sum(1) / total, "loss": scores[0], "brier": scores[1]}
-    return pd.DataFrame(columns).rename_axis("step")
-
-
-def _proper_scores(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Sums of the loss and of Brier's score over the labels that are known."""
-    known = y != -100
-    wrong = out.softmax(1) - F.one_hot(y.where(known, 0), out.shape[1]).movedim(-1, 1)
-    losses = F.cross_entropy(out, y, reduction="none"), wrong.square().sum(1) * known
-    return torch.stack([v.double().sum() for v in losses])

@@ -16,8 +16,9 @@ from torch import nn
 
 from .checks import need_known, need_number
 from .feedback import FeedbackModel
-from .robustness import _need_finite
-from .training import batches, kept_modes, kept_random_state
+from .layers import at_rest, device_of
+from .metrics import _need_finite
+from .order import batches, kept_random_state
 
 # %% ../nbs/24_segmentation.ipynb #9b2ae981
 #| code-fold: true
@@ -151,7 +152,6 @@ def _answers(model, x, steps):
         yield state.y
 
 
-@torch.no_grad()
 def measure_segmentation(
     model: nn.Module,  # a FeedbackModel, or any network from images to logits
     data,  # a data set of (image, mask)
@@ -164,9 +164,8 @@ def measure_segmentation(
 ) -> dict:  # f1, iou, collapsed (1: class 0 alone was predicted); f1_per_step, iou_per_step
     """Scores on a whole data set, after every step; as `measure` for `evaluation.compare`."""
     need_number(1, **{"the number of images": len(data)})
-    device, tables = next((p.device for p in model.parameters()), torch.device("cpu")), []
-    with kept_modes(model), kept_random_state(device):
-        model.eval()
+    device, tables = device_of(model), []
+    with at_rest(model), kept_random_state(device):
         for _, _, (x, y) in batches(data, batch_size):
             x, y, rows = x.to(device), y.to(device), []
             for t, output in enumerate(_answers(model, x, steps)):

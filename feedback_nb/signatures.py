@@ -133,7 +133,7 @@ def moments(
                 class_moments(sums[layer], _units(a, units).movedim(1, 0), y)
     return _moments(sums, names, eps, units)
 
-
+# %% ../nbs/37_signatures.ipynb #7c511aa2
 def _moments(sums, names, eps, units):
     """The sums as `Moments`, once it is clear that every category has a variance."""
     found = sorted(next(iter(sums.values())))

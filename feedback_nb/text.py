@@ -78,9 +78,9 @@ def cosine_schedule(timesteps: int) -> torch.Tensor:  # (timesteps,) ᾱ_t, what
 
 # %% ../nbs/38_text.ipynb #7e87ad03
 #| code-fold: true
-#| code-summary: "TextPrior"
-class TextPrior(nn.Module):
-    """From text embeddings to steering vectors: `fit(text, prototypes)`, then call it."""
+#| code-summary: "What a TextPrior is made of"
+class _Prior(nn.Module):
+    """The map, its scale, and whether it is fitted."""
 
     def __init__(
         self,
@@ -106,6 +106,19 @@ class TextPrior(nn.Module):
         else:
             self.net = Denoiser(text_dim, out_dim, depth, heads, head_dim, timesteps)
 
+    def _checked(self, what, values, n, dim):
+        """Finite values (n, dim), on the device and in the dtype of the prior."""
+        found = tuple(values.shape) if torch.is_tensor(values) else type(values).__name__
+        if found != (n, dim) or not values.isfinite().all():
+            raise ValueError(f"{what} must be a finite tensor ({n}, {dim}), got {found}")
+        return values.detach().to(self.mean)
+
+# %% ../nbs/38_text.ipynb #f72b132d
+#| code-fold: true
+#| code-summary: "TextPrior"
+class TextPrior(_Prior):
+    """From text embeddings to steering vectors: `fit(text, prototypes)`, then call it."""
+
     def fit(
         self,
         text: torch.Tensor,  # (n, text_dim)
@@ -129,13 +142,6 @@ class TextPrior(nn.Module):
             done = fit_diffusion(self, text, target, steps, lr, weight_decay, seed)
         self.fitted.fill_(True)
         return done
-
-    def _checked(self, what, values, n, dim):
-        """Finite values (n, dim), on the device and in the dtype of the prior."""
-        found = tuple(values.shape) if torch.is_tensor(values) else type(values).__name__
-        if found != (n, dim) or not values.isfinite().all():
-            raise ValueError(f"{what} must be a finite tensor ({n}, {dim}), got {found}")
-        return values.detach().to(self.mean)
 
     @torch.no_grad()
     def forward(

@@ -314,7 +314,7 @@ FRAME = string.Template("""<!doctype html>
 <meta name="description" content="$description">
 <meta name="color-scheme" content="light dark">
 <title>$title</title>
-<link rel="icon" href="data:,">
+<link rel="icon" href="$icon">
 <style>
 $css
 </style>
@@ -373,9 +373,12 @@ def frame(root: Path, chapters: list[dict], chapter: dict, body: str, headings: 
     cfg = settings(root)
     name = cfg["title"] if "%" not in cfg["title"] else cfg["lib_name"]
     title = chapter["title"] if chapter is index else f"{chapter['title']} – {name}"
-    file, source = chapter["notebook"], ""
+    file, source = chapter["notebook"], f"<p>{html.escape(name)} {cfg['version']}</p>"
     if file:
-        source = f'<p>Executed notebook: <a href="notebooks/{file}">{file}</a></p>'
+        source = (f'<p>{html.escape(name)} {cfg["version"]} · Executed notebook: '
+                  f'<a href="notebooks/{file}">{file}</a></p>')
+    icon = root / "nbs" / "images" / "favicon.svg"
+    icon = base64.b64encode(icon.read_bytes()).decode() if icon.is_file() else ""
     return FRAME.substitute(
         key=key, title=html.escape(title),
         description=html.escape(chapter["description"]),
@@ -384,6 +387,7 @@ def frame(root: Path, chapters: list[dict], chapter: dict, body: str, headings: 
         heading=(f'<span class="number">{chapter["number"]}</span> ' if chapter["number"] else "")
         + html.escape(chapter["title"]),
         banner=banner, body=body, turn="".join(turn), source=source,
+        icon=f"data:image/svg+xml;base64,{icon}" if icon else "data:,",
     )
 
 

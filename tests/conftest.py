@@ -5,7 +5,9 @@ helpers and fixtures of its file. tests/seconds.json holds what long tests take,
 processor time; `scripts/test.py --measure` writes it.
 """
 import ast
+import io
 import json
+import tarfile
 import time
 from functools import cache
 from pathlib import Path
@@ -61,6 +63,17 @@ def pytest_collection_modifyitems(config, items):
                 or {"process", "page", "slow"} & {mark.name for mark in item.iter_markers()}]
         config.hook.pytest_deselected(items=left)
         items[:] = [item for item in items if item not in set(left)]
+
+
+def write_tar(path, files, mode="w:gz"):
+    """An archive of {name: bytes}; its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, mode) as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
 
 
 @pytest.fixture

@@ -133,7 +133,7 @@ def test_a_users_file_in_a_folder_of_the_packages_name_is_the_users():
         exec(compile(f"def f(x): return {factor} * x", "/feedback_nb/mine.py", "exec"), known)
         described.append(checkpoints.describe(known["f"]))
     assert described[0] != described[1]
-    assert checkpoints.describe(evaluate) == "feedback_nb.training.evaluate"  # the package's own
+    assert checkpoints.describe(evaluate) == "feedback_nb.metrics.evaluate"  # the package's own
 
 
 @pytest.mark.parametrize(("options", "named"), [
@@ -371,3 +371,96 @@ def test_two_threads_do_not_train_at_once():
     assert len(errors) == 1 and "thread" in str(errors[0])
     nested = lambda history, model: run(build(), epochs=1) and None
     assert len(run(build(), epochs=1, callbacks=[nested])) == 1  # one inside the other is fine
+
+
+# ── what mutants have shown to be untested (tests/mutants.md) ───────────────────────────────────
+
+
+@pytest.mark.parametrize("held", ["tensors", "an array", "a list", "indices"])
+def test_every_example_counts_in_a_description_and_not_only_those_that_are_read(held):
+    def data(changed):
+        x = torch.arange(400.0)
+        x[1] += changed  # not among the 64 examples that are read, which end at 0 and 399
+        if held == "indices":
+            return Subset(TensorDataset(torch.arange(500), torch.zeros(500)), x.long().tolist())
+        if held == "tensors":
+            return TensorDataset(x, torch.zeros(400))
+        return Plain(x, held)
+
+    first, second, other = (checkpoints.describe_data(data(changed)) for changed in (0, 0, 1))
+    assert first == second != other
+
+
+class Plain(Dataset):
+    """Examples in an array or a list, and attributes that are none."""
+
+    def __init__(self, x, held):
+        self.x = x.numpy() if held == "an array" else x.tolist()
+        self.scale, self.name = torch.tensor(1.0), "n" * 400  # no entries of examples
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        return float(self.x[i]) // 2, 0  # what is read hides the change
+
+
+def test_a_docstring_is_no_part_of_what_a_function_does():
+    made = []
+    for doc in ("first", "another", None):
+        space = {"__name__": "mine"}
+        line = f"    {doc!r}\n" if doc else ""
+        exec(f"def f(x):\n{line}    return 2 * x + 7", space)
+        made.append(checkpoints.describe(space["f"]))
+    assert made[0] == made[1]
+    space = {"__name__": "mine"}
+    exec("def f(x):\n    'first'\n    return 2 * x + 8", space)
+    assert checkpoints.describe(space["f"]) != made[0]
+
+
+def test_classes_and_modules_are_described_by_their_full_names():
+    class Inner:
+        pass
+
+    assert checkpoints.describe(Inner).endswith(".<locals>.Inner")
+    assert checkpoints.describe(os) == "os"
+
+
+def test_what_is_frozen_is_named():
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    net[0].requires_grad_(False)
+    found = checkpoints.describe_model(net)["parameters not trained"]
+    assert found == "0.weight, 0.bias"
+
+
+def test_pruning_keeps_the_newest_two_and_what_they_call_the_best(tmp_path):
+    for best in ({"name": "step-000000002"}, None):
+        folder = tmp_path / str(best is None)
+        for step in range(1, 6):
+            text = json.dumps({"best": best})
+            checkpoints.write_checkpoint(folder / f"step-{step:09d}",
+                                         {"run.json": lambda path: path.write_text(text)})
+        checkpoints.prune(folder)
+        kept = [int(path.name[5:]) for path in checkpoints.saved(folder)]
+        assert kept == ([5, 4, 2] if best else [5, 4])
+
+
+def test_weights_of_another_shape_are_refused_by_key_though_there_are_aliases(tmp_path):
+    class Tied(nn.Module):
+        def __init__(self, size):
+            super().__init__()
+            self.a = self.b = nn.Linear(2, size)
+
+    checkpoints.write_weights(Tied(2), tmp_path / "weights")
+    checkpoints.read_weights(Tied(2), tmp_path / "weights")
+    with pytest.raises(CheckpointError, match=r"weight.*\(2, 2\).*\(3, 2\)"):
+        checkpoints.read_weights(Tied(3), tmp_path / "weights")
+
+
+def test_a_state_with_code_in_it_is_refused_and_not_run(tmp_path):
+    (tmp_path / "ran").write_text("no")
+    bomb = type("Bomb", (), {"__reduce__": lambda self: (os.unlink, (str(tmp_path / "ran"),))})
+    torch.save({"optimizer": bomb()}, tmp_path / "state.pt")
+    with pytest.raises(CheckpointError, match="state.pt"):
+        checkpoints.read_state(tmp_path)
+    assert (tmp_path / "ran").exists()

@@ -22,12 +22,13 @@ import numpy as np
 import pooch
 import pytest
 import torch
+from conftest import write_tar
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader, Subset
 
-from feedback_nb import data, readers
+from feedback_nb import data, pictures, readers, sets
 from feedback_nb.data import (
     PhotoFolder,
     TensorData,
@@ -70,16 +71,6 @@ def photos(split, n=6, side=8, seed=0):
         )
         for i in range(n)
     }
-
-
-def write_tar(path, files, mode="w:gz"):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, mode) as tar:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return path
 
 
 def write_tree(folder, files):
@@ -430,8 +421,8 @@ def test_imagenette_picks_the_smallest_archive_that_is_large_enough(
         },
     )
     monkeypatch.setitem(
-        data._IMAGENETTE,
-        data._px(size or 160),
+        sets._IMAGENETTE,
+        sets._px(size or 160),
         hashlib.md5((tmp_path / file).read_bytes()).hexdigest(),
     )
     assert len(load("imagenette", "train", root=tmp_path, size=size)) == 6
@@ -778,7 +769,7 @@ def test_no_flipped_bit_gets_through(tmp_path_factory, at, bit):
 
 WRITER = """
 import sys, torch, pathlib
-from feedback_nb import data, readers
+from feedback_nb import data, pictures, readers, sets
 def make():
     print("made", flush=True)
     return {"x": torch.full((1 << 27,), 7, dtype=torch.uint8)}, {"classes": "[]"}
@@ -921,7 +912,7 @@ def test_samples_are_fetched_once_when_there_is_no_checkout(server, installed, c
     (folder / "spoken-digits-sample.tar").write_bytes(
         (SAMPLES / "spoken-digits-sample.tar").read_bytes()
     )
-    monkeypatch.setattr(data, "SAMPLES_URL", url)
+    monkeypatch.setattr(sets, "SAMPLES_URL", url)
     with pytest.raises(FileNotFoundError, match="download=True"):
         load("spoken-digits-sample", download=False)
     assert len(load("spoken-digits-sample")) == 40
@@ -938,7 +929,7 @@ def test_a_download_that_is_something_else_is_refused_and_leaves_nothing(
 ):
     folder, url = server
     (folder / "nuclei-sample.tar").write_bytes(served)
-    monkeypatch.setattr(data, "SAMPLES_URL", url)
+    monkeypatch.setattr(sets, "SAMPLES_URL", url)
     with pytest.raises(ConnectionError, match=r"nuclei-sample.tar.*(hash|hash of downloaded)"):
         load("nuclei-sample")
     assert not [p for p in cache.rglob("*") if p.is_file() and p.suffix != ".lock"]
@@ -1103,7 +1094,7 @@ def test_each_class_has_its_number_of_corners():
     u = torch.rand(
         300, 1, 5 + 2 * 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64
     )
-    corners, number = data._corners(u, 100, classes=4)
+    corners, number = pictures._corners(u, 100, classes=4)
     distinct = torch.tensor([len(c.unique(dim=0)) for c in corners[:, 0]])
     torch.testing.assert_close(distinct, number[:, 0, 0])
     assert number.unique().tolist() == [3, 4, 5, 6] and corners.min() >= 0 and corners.max() <= 100
@@ -1131,8 +1122,8 @@ def test_rasterising_agrees_with_pillow_away_from_the_outline():
     from PIL import ImageDraw
 
     u = torch.rand(20, 1, 21, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    corners = data._corners(u, 64, 1)[0][:, 0]
-    for mine, outline in zip(data._inside(corners, 64), corners):
+    corners = pictures._corners(u, 64, 1)[0][:, 0]
+    for mine, outline in zip(pictures._inside(corners, 64), corners):
         image = Image.new("L", (64, 64))
         ImageDraw.Draw(image).polygon([tuple(p) for p in (outline - 0.5).tolist()], fill=1)
         length = (outline - outline.roll(-1, 0)).norm(dim=-1).sum()
@@ -1198,7 +1189,7 @@ def test_defocus_is_a_filter_with_the_disk():
 
     x = picture()
     for severity, level in enumerate(data.SEVERITIES["defocus_blur"], 1):
-        disk = data._disk(*level)
+        disk = pictures._disk(*level)
         assert abs(disk.sum() - 1) < 1e-6
         expected = correlate(x.numpy().astype(np.float64), disk.numpy()[None, None], mode="mirror")
         assert (
@@ -1336,7 +1327,7 @@ def test_speech_commands_from_folder_and_archive(tmp_path, monkeypatch):
     monkeypatch.setitem(
         data.SOURCES,
         "speechcommands",
-        data.replace(
+        sets.replace(
             source,
             fetch=lambda s, z: [
                 ([], archive.name, "sha256:" + hashlib.sha256(archive.read_bytes()).hexdigest())

@@ -408,7 +408,7 @@ def test_columns_that_are_not_there_are_named():
             runs.table(metric=metric)
     with pytest.raises(ValueError, match="'b'.*model.*a"):
         runs.scores("b")
-    with pytest.raises(ValueError, match="accuracy per step"):
+    with pytest.raises(ValueError, match="accuracy_per_step"):
         runs.per_step("a")
 
 

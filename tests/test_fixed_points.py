@@ -942,3 +942,17 @@ def test_without_a_tolerance_no_step_waits_for_the_device():
         iterate(f, torch.ones(3, 6, device="cuda"), steps=5, damping=0.1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_residual_equal_to_the_tolerance_is_converged():
+    found = iterate(lambda h: h, torch.ones(2, 3), steps=5, tol=0.0)
+    assert len(found.residuals) == 1 and not found.residuals[0].any()
+
+
+def test_an_example_without_a_gradient_gets_none():
+    weight = torch.tensor([[0.3, 0.1], [0.0, 0.4]], dtype=torch.float64, requires_grad=True)
+    x = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64, requires_grad=True)
+    h = fixed_point(lambda h: h @ weight.T + x, torch.zeros_like(x), steps=200, tol=1e-13)
+    h[0].sum().backward()  # nothing is asked of the second example
+    assert not x.grad[1].any()
+    assert_close(x.grad[0], torch.linalg.inv(torch.eye(2, dtype=x.dtype) - weight.detach()).sum(0))

@@ -29,7 +29,7 @@ from feedback_nb.replay import Site
 from feedback_nb.steering import Steer
 
 GOLDENS = Path(__file__).parent / "goldens"
-MOTIFS = ["paper", "published"]
+MOTIFS = ["paper", "per-channel", "published"]
 every = pytest.mark.parametrize("motif", MOTIFS)
 
 
@@ -187,8 +187,10 @@ def plain_drive(drive, motif, a, target, size_at_build):
     """One source's field, straight from the equations, at every position and with no shortcut."""
     a, (H, W) = four(a), four(target).shape[2:]
     up = functools.partial(F.interpolate, mode="bilinear", align_corners=motif == "published")
-    if motif == "paper":
-        a = torch.tanh((a - drive.u) / torch.exp(drive.log_sigma))
+    if motif != "published":
+        u, log_sigma = ((p[None].mean((2, 3), keepdim=True) if a.shape[2:] == (1, 1)
+                         else up(p[None], size=a.shape[2:])) for p in (drive.u, drive.log_sigma))
+        a = torch.tanh((a - u) / torch.exp(log_sigma))
         a = drive.pos * a.clamp(min=0) + drive.neg * a.clamp(max=0)
         a = torch.einsum("oc,bchw->bohw", drive.conv.weight[:, :, 0, 0], a)
         return a.mean((2, 3), keepdim=True) if (H, W) == (1, 1) else up(a, size=(H, W))
@@ -325,7 +327,7 @@ def test_published_early_source_modulates_the_first_pass_and_the_papers_does_not
         net = tiny(inplace=True)
         plain = copy.deepcopy(net)(x)
         outputs = LRM(net, pairs, example=x, motif=motif, steps=2).trajectory(x).outputs
-        assert torch.equal(outputs[0], plain) == (motif == "paper")
+        assert torch.equal(outputs[0], plain) == (motif != "published")
         assert not torch.allclose(outputs[1], plain)
         assert_close(outputs[1],
                      outputs[2])  # what an early source says does not change from pass to pass
@@ -344,6 +346,87 @@ def test_published_vector_destination_hears_one_corner_and_the_papers_the_mean()
         heard = a.grad.abs().sum((0, 1)) > 0
         assert heard.sum() == (1 if reaches else 16) and heard[0, 0]
         assert Modulation(vector, {"s": site}, motif=motif)(o, {"s": a}).shape == o.shape
+
+
+# ------------------------------------------------------------ the paper's statistics
+
+
+def paper_drive(motif="paper", size=(1, 2)):
+    """One channel to one channel, W = 1, so that the drive is what the equation's tanh says."""
+    source, destination = Site("s", "s", (1, 1, *size), 1), Site("d", "d", (1, 1, *size), 1)
+    drive = Modulation(destination, {"s": source}, motif).drives["s"]
+    nn.init.ones_(drive.conv.weight)
+    return drive
+
+
+def test_statistics_of_channel_and_place_worked_by_hand():
+    """Appendix A.1: tanh((a - u_cxy) / σ_cxy), then σ⁺ above 0 and σ⁻ below."""
+    drive = paper_drive()
+    with torch.no_grad():
+        drive.u.copy_(torch.tensor([[[1.0, 3.0]]]))
+        drive.log_sigma.copy_(torch.tensor([[[2.0, 4.0]]]).log())
+        drive.pos.fill_(10.0)
+        drive.neg.fill_(100.0)
+        got = drive(torch.tensor([[[[2.0, 1.0]]]]), (1, 2))
+    # (2 - 1) / 2 = 0.5 and (1 - 3) / 4 = -0.5: both places by their own numbers
+    assert_close(got, torch.tensor([[[[10.0, -100.0]]]]) * torch.tensor(0.5).tanh())
+    assert not torch.allclose(got[..., 0].abs(), got[..., 1].abs())
+
+
+def test_statistics_are_resized_for_another_image():
+    drive = paper_drive(size=(2, 2))
+    with torch.no_grad():
+        drive.u.copy_(torch.tensor([[[0.0, 1.0], [2.0, 3.0]]]))
+        a = torch.zeros(1, 1, 4, 4)
+        # bilinear, corners not aligned: a quarter of the way to the edge the value is the edge's
+        row = torch.tensor([0.0, 0.25, 0.75, 1.0])
+        u = row[None, :] + 2 * row[:, None]
+        assert_close(drive(a, (4, 4)), torch.tanh(-u)[None, None])
+        assert_close(drive(torch.zeros(1, 1, 1, 1), (4, 4)), torch.tanh(torch.tensor(-1.5)).view(
+            1, 1, 1, 1))  # a steering vector meets their mean over the places
+
+
+def test_equal_statistics_at_all_places_are_one_per_channel():
+    torch.manual_seed(0)
+    x, pairs = torch.randn(2, 3, 32, 32), [*CONNECTIONS]
+    per_channel = LRM(tiny(), pairs, example=x, motif="per-channel").eval()
+    with torch.no_grad():
+        for p in per_channel.modulations.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    model = LRM(tiny(), pairs, example=x).eval()
+    shape = lambda m: tuple(m.modulations["features.0"].drives["features.6"].u.shape)
+    assert shape(per_channel) == (16, 1, 1) and shape(model) == (16, 16, 16)
+    stored = per_channel.state_dict()  # what the files of earlier versions hold
+    model.load_state_dict(stored)
+    assert stored["modulations.features/0.drives.features/6.u"].shape == (16, 1, 1)  # as it was
+    assert torch.equal(model(x), per_channel(x))  # to the last bit
+    larger = torch.randn(2, 3, 48, 40)
+    assert_close(model(larger), per_channel(larger))
+
+
+def test_statistics_of_every_place_are_trained_stored_and_copied():
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 32, 32)
+    model = LRM(tiny(), CONNECTIONS, example=x)
+    model(x).square().sum().backward()
+    u = model.modulations["features.0"].drives["features.6"].u
+    assert (u.grad.flatten(1).std(1) > 0).any()  # the places learn different numbers
+    with torch.no_grad():
+        for p in model.modulations.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    model.eval()
+    answer = model(x)
+    copied = copy.deepcopy(model)
+    other = LRM(tiny(), CONNECTIONS, example=x).eval()
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(copied(x), answer) and torch.equal(other(x), answer)
+    with torch.no_grad():
+        copied.modulations["features.0"].drives["features.6"].u.add_(1.0)
+    assert torch.equal(model(x), answer) and not torch.equal(copied(x), answer)
+    wrong = model.state_dict() | {"modulations.features/0.drives.features/6.u": torch.zeros(
+        16, 8, 8)}
+    with pytest.raises(RuntimeError, match="features/6.u"):
+        other.load_state_dict(wrong)
 
 
 # ------------------------------------------------------------ every network
@@ -431,7 +514,7 @@ def test_contract(kind, motif):
     plain = NETS[kind][0]().eval()
     plain.load_state_dict(net.state_dict())
     assert torch.equal(net(x), plain(x))  # the network on its own is what it was
-    if motif == "paper" or kind not in ("residual",
+    if motif != "published" or kind not in ("residual",
                                         "resnet"):  # these have a source before its destination
         assert torch.equal(model(x, steps=0), plain(x))
     answer = model(x)

@@ -206,6 +206,17 @@ def test_the_package_declares_lower_bounds_and_the_constraints_exact_versions():
         "0.26.0", "2.11.0", "2.4.14")
 
 
+def test_both_nbdevs_read_the_same():
+    "nbdev 2.4 reads settings.ini, nbdev 3 pyproject.toml."
+    import tomllib
+
+    read, cfg = tomllib.loads((ROOT / "pyproject.toml").read_text()), settings()
+    nbdev, urls = read["tool"]["nbdev"], read["project"]["urls"]
+    assert read["project"]["name"] == cfg["lib_name"] and urls["Source"] == cfg["git_url"]
+    assert urls["Documentation"] == cfg["doc_host"] + cfg["doc_baseurl"]
+    assert all(str(nbdev[key]).lower() == cfg[key].lower() for key in nbdev)
+
+
 def test_every_chapter_is_in_the_contents():
     index = json.loads((ROOT / "nbs" / "index.ipynb").read_text(encoding="utf-8"))
     text = "".join("".join(cell["source"]) for cell in index["cells"])

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import write_tar
 from PIL import Image
 
 from feedback_nb.data import DIGITS, PhotoFolder, load
@@ -43,16 +44,6 @@ def write_tree(folder, files):
     return folder
 
 
-def write_tar(path, files, mode="w:gz"):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, mode) as tar:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return path
-
-
 # ---------------------------------------------------------------- classes are those of all splits
 
 @pytest.mark.parametrize("kinds", ["folders", "archives", "mixed"])
@@ -76,10 +67,10 @@ def test_a_new_class_of_another_split_is_noticed_by_the_cache(tmp_path):
 
 
 def test_one_archive_with_both_splits(tmp_path, monkeypatch):
-    from feedback_nb import data
+    from feedback_nb import sets
     files = photos("x/train", ["ant", "bee", "cat"]) | photos("x/val", ["cat"])
     path = write_tar(tmp_path / "imagenette2-160.tgz", files)
-    monkeypatch.setitem(data._IMAGENETTE, "-160", hashlib.md5(path.read_bytes()).hexdigest())
+    monkeypatch.setitem(sets._IMAGENETTE, "-160", hashlib.md5(path.read_bytes()).hexdigest())
     test = load("imagenette", "test", root=tmp_path, size=8)
     assert test.y.tolist() == [2, 2] and test.classes == ("ant", "bee", "cat")
 

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
-from feedback_nb import checkpoints, training
+from feedback_nb import checkpoints, gradients, training
 from feedback_nb.feedback import FeedbackModel, State, stepwise_loss
 from feedback_nb.training import (
     CheckpointError,
@@ -43,7 +43,8 @@ ROOT = Path(__file__).parent.parent
 def toy(n=60, seed=1):
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(n, 6, generator=g)
-    return TensorDataset(x, (x @ torch.randn(6, 3, generator=torch.Generator().manual_seed(7))).argmax(1))
+    return TensorDataset(x, (x @ torch.randn(6, 3,
+                                             generator=torch.Generator().manual_seed(7))).argmax(1))
 
 
 TRAIN, VALID = toy(61), toy(30, 2)
@@ -54,7 +55,8 @@ class Net(nn.Module):
 
     def __init__(self, width=8):
         super().__init__()
-        self.a, self.norm, self.drop, self.b = nn.Linear(6, width), nn.BatchNorm1d(width), nn.Dropout(0.3), nn.Linear(width, 3)
+        self.a, self.norm, self.drop, self.b = nn.Linear(6, width), nn.BatchNorm1d(
+            width), nn.Dropout(0.3), nn.Linear(width, 3)
 
     def forward(self, x):
         return self.b(self.drop(torch.tanh(self.norm(self.a(x)))))
@@ -103,7 +105,8 @@ def noisy(x):
 
 
 def run(model, data=(TRAIN, VALID), **kwargs):
-    kwargs = {"epochs": 2, "batch_size": 16, "lr": 1e-2, "device": "cpu", "progress": False, **kwargs}
+    kwargs = {"epochs": 2, "batch_size": 16, "lr": 1e-2, "device": "cpu", "progress": False,
+              **kwargs}
     return fit(model, data, **kwargs)
 
 
@@ -150,12 +153,13 @@ class Average(torch.optim.swa_utils.AveragedModel):
         history.rows[-1] |= {f"valid_{name}": scores[name] for name in ("loss", "accuracy")}
 
 
-# ── seeds and order ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── seeds and order ───────────────────────────────────────────────────────────────────────────────
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_one_others():
     a, b, c = (build() for _ in range(3))
-    first, second, third = run(a, augment=noisy), run(b, augment=noisy), run(c, augment=noisy, seed=1)
+    first, second, third = run(a, augment=noisy), run(b, augment=noisy), run(c, augment=noisy,
+        seed=1)
     assert_same(a, b)
     assert rows(first) == rows(second) != rows(third)
     assert not torch.equal(a.a.weight, c.a.weight)
@@ -180,24 +184,28 @@ def test_an_epoch_has_every_example_once_in_even_batches(n, batch_size, seed, ep
     order = batch_order(n, batch_size, seed=seed, epoch=epoch)
     assert sorted(sum(order, [])) == list(range(n))
     sizes = [len(batch) for batch in order]
-    assert max(sizes) <= batch_size and max(sizes) - min(sizes) <= 1 and len(order) == math.ceil(n / batch_size)
+    assert max(sizes) <= batch_size and max(sizes) - min(sizes) <= 1 and len(order) == math.ceil(n
+        / batch_size)
     assert order == batch_order(n, batch_size, seed=seed, epoch=epoch)
 
 
 @settings(max_examples=20)
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 4), st.integers(1, 4))
-def test_processes_share_a_batch_and_a_start_in_the_middle_gives_the_rest(n, batch_size, start, world):
+def test_processes_share_a_batch_and_a_start_in_the_middle_gives_the_rest(n, batch_size, start,
+    world):
     data = TensorDataset(torch.arange(n), torch.arange(n))
     whole = [i for i, _, _ in batches(data, batch_size, seed=3, epoch=2)]
-    assert [i for i, _, _ in batches(data, batch_size, seed=3, epoch=2, start=start)] == whole[start:]
-    parts = [list(batches(data, batch_size, seed=3, epoch=2, rank=r, world=world)) for r in range(world)]
+    assert [i for i, _, _ in batches(data, batch_size, seed=3, epoch=2, start=start)] == whole[
+        start:]
+    parts = [list(batches(data, batch_size, seed=3, epoch=2, rank=r, world=world))
+             for r in range(world)]
     for k, batch in enumerate(whole):
         mine = [p[k][0] for p in parts if p[k][1] > 0]
         assert sorted(sum(mine, [])) == sorted(batch)
         assert sum(p[k][1] for p in parts) == pytest.approx(1)
 
 
-# ── where the data come from ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── where the data come from
 
 
 class Whole(Dataset):
@@ -257,7 +265,8 @@ def test_reading_ahead_in_other_processes_changes_nothing():
 
 def test_a_dataloader_is_taken_as_it_is_and_resumes_too(tmp_path):
     def loader():
-        return DataLoader(TRAIN, batch_size=9, shuffle=True, generator=torch.Generator().manual_seed(5))
+        return DataLoader(TRAIN, batch_size=9, shuffle=True,
+                          generator=torch.Generator().manual_seed(5))
 
     whole, part, again = build(), build(), build()
     history = run(whole, loader(), augment=noisy)
@@ -285,11 +294,12 @@ def test_data_that_cannot_be_trained_on_are_refused():
         run(build(), Stream())
 
 
-# ── what is trained ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── what is trained ───────────────────────────────────────────────────────────────────────────────
 
 
 def test_one_step_is_the_step_one_would_write_by_hand():
-    model, hand = build(nn.Linear, in_features=6, out_features=3), build(nn.Linear, in_features=6, out_features=3)
+    model, hand = build(nn.Linear, in_features=6, out_features=3), build(nn.Linear, in_features=6,
+        out_features=3)
     x, y = TRAIN.tensors
     history = run(model, epochs=3, batch_size=100, optimizer=lambda p: torch.optim.SGD(p, lr=0.5))
     opt = torch.optim.SGD(hand.parameters(), lr=0.5)
@@ -300,8 +310,10 @@ def test_one_step_is_the_step_one_would_write_by_hand():
         opt.step()
         assert history.rows[epoch]["train_loss"] == pytest.approx(loss.item(), abs=1e-6)
     torch.testing.assert_close(model.weight, hand.weight)
-    assert history.rows[-1]["valid_accuracy"] == pytest.approx((hand(VALID.tensors[0]).argmax(1) == VALID.tensors[1]).float().mean().item())
-    assert list(history.frame.columns) == ["epoch", "lr", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy", "seconds"]
+    assert history.rows[-1]["valid_accuracy"] == pytest.approx((hand(VALID.tensors[0]).argmax(1)
+        == VALID.tensors[1]).float().mean().item())
+    assert list(history.frame.columns) == ["epoch", "lr", "train_loss", "train_accuracy",
+                                           "valid_loss", "valid_accuracy", "seconds"]
     assert history.frame.epoch.tolist() == [0, 1, 2] and (history.frame.lr == 0.5).all()
 
 
@@ -331,7 +343,8 @@ def test_a_models_own_backward_pass_is_used():
     history = run(own)
     run(plain.net)
     assert_same(own.net, plain.net)
-    assert math.isnan(history.rows[0]["train_accuracy"]) and 0 <= history.rows[0]["valid_accuracy"] <= 1
+    assert math.isnan(history.rows[0]["train_accuracy"]) and 0 <= history.rows[0][
+        "valid_accuracy"] <= 1
 
 
 def test_averaged_weights_follow_the_definition_and_are_what_is_validated(tmp_path):
@@ -380,7 +393,8 @@ def test_a_compiled_model_takes_the_same_steps(tmp_path):
 
 
 @pytest.mark.parametrize("schedule, expected", [
-    ("cosine", [1.0, 0.5, 0.0]), ("warmup-cosine", [0.2, None, 0.0]), ("step", [1.0, 0.1, 0.01]), ("one-cycle", [0.04, None, 0.0])])
+    ("cosine", [1.0, 0.5, 0.0]), ("warmup-cosine", [0.2, None, 0.0]), ("step", [1.0, 0.1, 0.01]),
+    ("one-cycle", [0.04, None, 0.0])])
 def test_schedules_start_turn_and_end_where_they_should(schedule, expected):
     model = build()
     opt = training.make_optimizer(model, "adamw", 1.0)
@@ -396,7 +410,8 @@ def test_schedules_start_turn_and_end_where_they_should(schedule, expected):
 
 
 def test_a_factory_brings_its_own_optimizer_and_schedule():
-    history = run(build(), optimizer=partial(torch.optim.SGD, lr=0.25), schedule=lambda opt: torch.optim.lr_scheduler.StepLR(opt, 4, 0.5))
+    history = run(build(), optimizer=partial(torch.optim.SGD, lr=0.25),
+                  schedule=lambda opt: torch.optim.lr_scheduler.StepLR(opt, 4, 0.5))
     assert history.frame.lr.tolist() == [0.25, 0.125]
 
 
@@ -472,7 +487,8 @@ def test_callbacks_see_the_history_and_can_end_the_run(tmp_path):
 
     history = run(build(), epochs=5, callbacks=[callback], checkpoint=tmp_path)
     assert seen == [1, 2] and len(history) == 2
-    assert len(run(build(), epochs=5, callbacks=[callback], checkpoint=tmp_path)) == 2  # it stays ended
+    # it stays ended
+    assert len(run(build(), epochs=5, callbacks=[callback], checkpoint=tmp_path)) == 2
     assert seen == [1, 2]
 
 
@@ -491,11 +507,13 @@ def test_tensorboard_gets_the_rows(tmp_path):
 
 
 class Painter(FeedbackModel):
-    """(B, 1, H, W) -> a class for each pixel (B, 2, H, W), or with `whole` one for the picture (B, 2)."""
+    """(B, 1, H, W) -> a class for each pixel (B, 2, H, W), or with `whole` one for the picture
+    (B, 2)."""
 
     def __init__(self, whole=False, steps=2):
         super().__init__(steps=steps)
-        self.a, self.b, self.c, self.whole = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 2, 1), nn.Conv2d(2, 4, 1), whole
+        self.a, self.b, self.c, self.whole = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 2,
+            1), nn.Conv2d(2, 4, 1), whole
 
     def start(self, x, *, states=False):
         h = torch.relu(self.a(x))
@@ -513,25 +531,30 @@ class Painter(FeedbackModel):
 
 
 def test_masks_and_spectrograms_train_with_a_loss_at_every_step():
-    x = torch.rand(24, 1, 8, 10, generator=torch.Generator().manual_seed(0))  # a picture, or 8 bands of a sound at 10 times
+    # a picture, or 8 bands of a sound at 10 times
+    x = torch.rand(24, 1, 8, 10, generator=torch.Generator().manual_seed(0))
     masks, loud = (x[:, 0] > 0.5).long(), (x.mean((1, 2, 3)) > 0.5).long()
     share = lambda output, target: output.argmax(1).float().mean((1, 2))  # (B,)
     painter, listener = build(Painter), build(Painter, whole=True)
     data = TensorDataset(x, masks)
     with torch.no_grad():
-        by_hand = torch.stack([F.cross_entropy(y, masks) for y in painter.trajectory(x).outputs]).mean().item()
+        by_hand = torch.stack([F.cross_entropy(y, masks)
+                               for y in painter.trajectory(x).outputs]).mean().item()
         right = (painter(x).argmax(1) == masks).float().mean().item()
     history = run(painter, (data, data), batch_size=24, epochs=30, lr=3e-2)
-    assert history.rows[0]["train_loss"] == pytest.approx(by_hand, abs=1e-6) and history.rows[0]["train_accuracy"] == pytest.approx(right, abs=1e-6)
+    assert history.rows[0]["train_loss"] == pytest.approx(by_hand, abs=1e-6) and history.rows[0][
+        "train_accuracy"] == pytest.approx(right, abs=1e-6)
     assert history.rows[-1]["valid_accuracy"] > 0.9 > history.rows[0]["valid_accuracy"]
     scores = evaluate(painter, data, metrics={"share": share}, batch_size=7)
     assert [row["step"] for row in scores["per_step"]] == [0, 1, 2]
     assert scores["share"] == pytest.approx(painter(x).argmax(1).float().mean().item(), abs=1e-6)
-    history = run(listener, (TensorDataset(x, loud), TensorDataset(x, loud)), batch_size=24, epochs=2)
-    assert history.rows[1]["train_loss"] < history.rows[0]["train_loss"] and len(evaluate(listener, TensorDataset(x, loud))["per_step"]) == 3
+    history = run(listener, (TensorDataset(x, loud), TensorDataset(x, loud)), batch_size=24,
+                  epochs=2)
+    assert history.rows[1]["train_loss"] < history.rows[0]["train_loss"] and len(evaluate(listener,
+        TensorDataset(x, loud))["per_step"]) == 3
 
 
-# ── evaluate ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── evaluate ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_evaluate_scores_every_step_from_one_pass():
@@ -544,8 +567,10 @@ def test_evaluate_scores_every_step_from_one_pass():
         output = model(x, steps=t)
         assert row["step"] == t
         assert row["loss"] == pytest.approx(F.cross_entropy(output, y).item(), abs=1e-6)
-        assert row["accuracy"] == pytest.approx((output.argmax(1) == y).float().mean().item(), abs=1e-6)
-    assert (result["loss"], result["n"], len(result["per_step"])) == (result["per_step"][-1]["loss"], 30, 4)
+        assert row["accuracy"] == pytest.approx((output.argmax(1) == y).float().mean().item(),
+                                                abs=1e-6)
+    assert (result["loss"], result["n"],
+            len(result["per_step"])) == (result["per_step"][-1]["loss"], 30, 4)
     assert len(evaluate(model, VALID, steps=1)["per_step"]) == 2
     with pytest.raises(ValueError, match="FeedbackModel"):
         evaluate(build(), VALID, steps=2)
@@ -625,6 +650,67 @@ def test_the_batch_size_does_not_change_a_weighted_loss(loss):
     torch.testing.assert_close(trained[0].weight, trained[1].weight)
 
 
+class Weighted(nn.Module):
+    """A weighted mean in a function of the user's own, which says what the mean was divided by."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, output, target):
+        losses = F.cross_entropy(output, target, reduction="none") * self.weight[target]
+        return losses.sum() / self.count(target)
+
+    def count(self, target):
+        return self.weight[target].sum()
+
+
+@pytest.mark.parametrize("weight", [[1.0, 5.0, 0.2], [1.0, 0.0, 0.0]], ids=["all", "one"])
+def test_a_loss_that_counts_is_the_same_in_batches_of_any_size(weight):
+    x, y = VALID.tensors
+    loss, model = Weighted(torch.tensor(weight)), build(nn.Linear, in_features=6, out_features=3)
+    plain = lambda output, target: loss(output, target)
+    scores = [evaluate(model, VALID, batch_size=n, loss=loss)["loss"] for n in (1, 2, 7, 30)]
+    assert scores == pytest.approx([loss(model(x), y).item()] * 4, abs=1e-6)
+    hidden = [evaluate(model, VALID, batch_size=n, loss=plain)["loss"] for n in (7, 30)]
+    assert hidden[0] != pytest.approx(hidden[1], abs=1e-3)
+    trained = [build(nn.Linear, in_features=6, out_features=3) for _ in range(2)]
+    for net, pieces in zip(trained, (1, 5)):
+        run(net, VALID, loss=loss, accumulate=pieces, epochs=1)
+    torch.testing.assert_close(trained[0].weight, trained[1].weight)
+
+
+class Ordered(TensorDataset):
+    """Data with an order of their own, and epochs that they are told."""
+
+    def set_epoch(self, epoch):
+        self.told = [*getattr(self, "told", []), epoch]
+
+    def order(self, seed, epoch):
+        return list(range(len(self)))[:: -1 if epoch % 2 else 1]
+
+
+def test_data_may_bring_their_own_order_and_are_told_the_epoch(tmp_path):
+    data = Ordered(torch.rand(20, 6), torch.arange(20) % 3)
+    seen = {epoch: [i for indices, _, _ in batches(data, 8, seed=1, epoch=epoch) for i in indices]
+            for epoch in (0, 1, None)}
+    assert seen == {0: [*range(20)], 1: [*range(19, -1, -1)], None: [*range(20)]}
+    assert data.told == [0, 1]  # nothing is told for an evaluation
+    run(build(), data, epochs=1, checkpoint=tmp_path)
+    data.order = lambda seed, epoch: [*range(10, 20), *range(10)]
+    with pytest.raises(CheckpointError, match="training data"):
+        run(build(), data, epochs=2, checkpoint=tmp_path)
+
+
+def test_without_a_seed_batches_are_full_and_no_random_number_is_drawn():
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist()
+    plain = [indices for indices, _, _ in batches(VALID, 7, seed=None)]
+    assert list(map(len, plain))[:-1] == [7] * (len(VALID) // 7)
+    assert sum(plain, []) == list(range(len(VALID)))
+    torch.testing.assert_close(torch.get_rng_state(), before[0], atol=0, rtol=0)
+    assert np.random.get_state()[1].tolist() == before[1]
+
+
 def test_a_seed_of_numpy_is_the_same_seed():
     a, b = build(), build()
     run(a, seed=3, augment=noisy)
@@ -687,7 +773,7 @@ def test_regression_has_a_loss_and_no_accuracy():
     assert math.isnan(history.rows[0]["valid_accuracy"]) and history.rows[0]["valid_loss"] > 0
 
 
-# ── stopping and going on ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── stopping and going on ─────────────────────────────────────────────────────────────────────────
 
 OPTIONS = [
     {}, {"every": 1}, {"every": 3, "ema": True, "schedule": "one-cycle", "optimizer": "sgd"},
@@ -730,7 +816,8 @@ x = torch.randn(60, 6, generator=torch.Generator().manual_seed(0))
 data = TensorDataset(x, (x[:, 0] > 0).long())
 class Average(AveragedModel):
     def after_step(self, model): self.update_parameters(model)
-    def __call__(self, history, model): history.rows[-1]["mean"] = float(self.module[0].weight.mean())
+    def __call__(self, history, model):
+        history.rows[-1]["mean"] = float(self.module[0].weight.mean())
 def model(seed=0):
     torch.manual_seed(seed)
     norm = [nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(0.2)]
@@ -775,7 +862,8 @@ print("killed", killed, "resumed", partial)
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_kill_9_at_twenty_random_moments_loses_nothing_that_was_saved(tmp_path):
-    done = subprocess.run([sys.executable, "-c", KILL, str(tmp_path), "20"], capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run([sys.executable, "-c", KILL, str(tmp_path), "20"], capture_output=True,
+                          text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     killed, resumed = (int(word) for word in done.stdout.split()[1::2])
     assert killed >= 12 and resumed >= 6
@@ -794,10 +882,12 @@ def test_where_the_best_cannot_be_read_nothing_is_removed(tmp_path):
 
 
 def test_the_newest_two_and_the_best_are_kept(tmp_path):
-    run(build(), epochs=6, checkpoint=tmp_path, optimizer=partial(torch.optim.SGD, lr=0.0))  # lr 0: only the batch statistics move
+    # lr 0: only the batch statistics move
+    run(build(), epochs=6, checkpoint=tmp_path, optimizer=partial(torch.optim.SGD, lr=0.0))
     saved = sorted(path.name for path in tmp_path.glob("step-*"))
     best = json.loads((tmp_path / saved[-1] / "run.json").read_text())["best"]
-    assert saved[-2:] == ["step-000000020", "step-000000024"] and len(saved) <= 3 and best["name"] in saved
+    assert saved[-2:] == ["step-000000020", "step-000000024"] and len(saved) <= 3 and best[
+        "name"] in saved
 
 
 def test_best_is_the_best_epoch(tmp_path):
@@ -812,7 +902,8 @@ def test_best_is_the_best_epoch(tmp_path):
     history = run(build(), epochs=4, checkpoint=tmp_path, callbacks=[spoil], lr=1e-3)
     model = build(seed=3)
     load_checkpoint(model, tmp_path, which="best")
-    best = max(range(4), key=lambda k: (history.rows[k]["valid_accuracy"], -history.rows[k]["valid_loss"]))
+    best = max(range(4), key=lambda k: (history.rows[k]["valid_accuracy"],
+                                        -history.rows[k]["valid_loss"]))
     if best != 1:  # in epoch 1 the callback spoils what is saved afterwards
         assert_same(model, seen[best])
     with pytest.raises(ValueError, match="last"):
@@ -835,8 +926,11 @@ def test_more_epochs_go_on_and_a_finished_run_is_given_back(tmp_path):
 
 def test_a_run_with_other_settings_is_refused_by_name(tmp_path):
     run(build(), epochs=1, checkpoint=tmp_path / "a")
-    for options, match in [({"lr": 0.5}, "0.5"), ({"batch_size": 8}, "batch_size"), ({"seed": 4}, "seed"), ({"data": toy(50)}, "training data"),
-                           ({"optimizer": "sgd"}, "SGD"), ({"callbacks": [Clip(1.0)]}, "Clip"), ({"augment": noisy}, "augment")]:
+    for options, match in [({"lr":
+        0.5}, "0.5"), ({"batch_size": 8}, "batch_size"), ({"seed": 4}, "seed"),
+        ({"data": toy(50)}, "training data"),
+                           ({"optimizer": "sgd"}, "SGD"), ({"callbacks": [Clip(1.0)]}, "Clip"),
+                           ({"augment": noisy}, "augment")]:
         with pytest.raises(CheckpointError, match=match):
             run(build(), epochs=1, checkpoint=tmp_path / "a", **options)
     run(build(), epochs=1, checkpoint=tmp_path / "b", schedule="cosine")
@@ -878,7 +972,7 @@ def test_tied_weights_are_saved_and_loaded(tmp_path):
     assert other.a.weight is other.b.weight
 
 
-# ── damage ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── damage ────────────────────────────────────────────────────────────────────────────────────────
 
 
 def cut(path):
@@ -905,7 +999,8 @@ def test_a_damaged_checkpoint_is_named_and_an_earlier_one_taken(tmp_path, file, 
     assert list(tmp_path.glob("damaged-*"))  # put aside, not thrown away
     for path in tmp_path.glob("step-*"):
         damage(path / file)
-    named = "damaged" if (file, damage) == ("manifest.json", flip) else file.split(".")[0]  # the list of checksums does not know that it is wrong
+    # the list of checksums does not know that it is wrong
+    named = "damaged" if (file, damage) == ("manifest.json", flip) else file.split(".")[0]
     with pytest.raises(CheckpointError, match=f"{named}.*(remove|new folder)"):
         run(build(), epochs=3, checkpoint=tmp_path)
     with pytest.raises(CheckpointError):
@@ -914,7 +1009,8 @@ def test_a_damaged_checkpoint_is_named_and_an_earlier_one_taken(tmp_path, file, 
 
 def test_a_checkpoint_of_another_model_is_refused_by_key_and_shape(tmp_path):
     run(build(), epochs=1, checkpoint=tmp_path)
-    for other, match in [(build(width=9), r"a.weight.*\(8, 6\).*\(9, 6\)"), (nn.Linear(6, 3), "'weight'.*missing"),
+    for other, match in [(build(width=9), r"a.weight.*\(8, 6\).*\(9, 6\)"),
+                         (nn.Linear(6, 3), "'weight'.*missing"),
                          (nn.Sequential(), "missing")]:
         before = weights(other)
         with pytest.raises(CheckpointError, match=match):
@@ -935,13 +1031,16 @@ class Bomb:
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize("write", [lambda bomb, path: torch.save(bomb, path), lambda bomb, path: path.write_bytes(pickle.dumps(bomb))], ids=["torch", "pickle"])
+@pytest.mark.parametrize("write", [lambda bomb, path: torch.save(bomb, path),
+                                   lambda bomb, path: path.write_bytes(pickle.dumps(bomb))],
+                                   ids=["torch", "pickle"])
 def test_a_pickle_bomb_runs_nothing(tmp_path, write):
     run(build(), epochs=1, checkpoint=tmp_path)
     path = checkpoints.newest(tmp_path)
     write(Bomb(tmp_path / "boom"), path / "state.pt")
     manifest = json.loads((path / "manifest.json").read_text())
-    manifest["state.pt"] = checkpoints._digest(path / "state.pt")  # an attacker gets the checksum right
+    # an attacker gets the checksum right
+    manifest["state.pt"] = checkpoints._digest(path / "state.pt")
     (path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="none of it was run"):
         run(build(), epochs=2, checkpoint=tmp_path)
@@ -977,14 +1076,15 @@ def test_state_that_could_not_be_read_back_is_known_at_once(tmp_path):
         run(build(), optimizer=partial(Odd, lr=0.1), checkpoint=tmp_path / "run")
 
 
-# ── numbers that are none, and memory ────────────────────────────────────────────────────────────────────────────────────────
+# ── numbers that are none, and memory
 
 
 def test_a_bad_input_is_named_with_its_step_and_examples():
     x, y = TRAIN.tensors
     x = x.clone()
     x[17, 2] = float("nan")
-    with pytest.raises(FloatingPointError, match=r"epoch 0, step \d.*the input of example 17") as caught:
+    with pytest.raises(FloatingPointError,
+                       match=r"epoch 0, step \d.*the input of example 17") as caught:
         run(build(), TensorDataset(x, y))
     assert 17 in caught.value.indices
 
@@ -1014,13 +1114,15 @@ def test_a_gradient_that_is_not_finite_is_found_before_it_is_used():
             return x @ self.w.abs().sqrt()  # 0 has no slope there
 
     model = Root()
-    with pytest.raises(FloatingPointError, match="norm of its gradient is (nan|inf).*gradient of parameter 'w'"):
+    with pytest.raises(FloatingPointError,
+                       match="norm of its gradient is (nan|inf).*gradient of parameter 'w'"):
         run(model)
     assert torch.equal(model.w, torch.zeros(6, 3))
 
 
 def test_a_loss_and_a_feedback_state_that_blow_up_are_named():
-    with pytest.raises(FloatingPointError, match="the loss is inf.*the output of every module is finite"):
+    with pytest.raises(FloatingPointError,
+                       match="the loss is inf.*the output of every module is finite"):
         run(build(), loss=lambda output, target: F.cross_entropy(output, target) / 0)
     model = build(Loop)
     model.c.weight.data.fill_(float("inf"))
@@ -1032,7 +1134,8 @@ def test_a_loss_and_a_feedback_state_that_blow_up_are_named():
 def test_an_exploding_run_stops():
     data = TensorDataset(TRAIN.tensors[0], TRAIN.tensors[0][:, :3] * 1e3)
     with pytest.raises(FloatingPointError, match="lr"):
-        run(nn.Linear(6, 3), data, loss=F.mse_loss, optimizer=partial(torch.optim.SGD, lr=1e4), epochs=50)
+        run(nn.Linear(6, 3), data, loss=F.mse_loss, optimizer=partial(torch.optim.SGD, lr=1e4),
+            epochs=50)
 
 
 def test_out_of_memory_says_what_to_try():
@@ -1042,16 +1145,19 @@ def test_out_of_memory_says_what_to_try():
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
             return super().forward(x)
 
-    with pytest.raises(torch.OutOfMemoryError, match=r"epoch 0, step 0, with batch_size=16.*accumulate=2 .*8 examples.*batch_size=8"):
+    with pytest.raises(torch.OutOfMemoryError,
+                       match=r"epoch 0, step 0, with batch_size=16.*accumulate=2 .*"
+                             r"8 examples.*batch_size=8"):
         run(Hungry(6, 3), TRAIN)
     with pytest.raises(torch.OutOfMemoryError, match=r"in 2 pieces.*accumulate=4 .*4 examples"):
         run(Hungry(6, 3), TRAIN, accumulate=2)
     run(Hungry(6, 3), TRAIN, accumulate=4)
     with pytest.raises(RuntimeError, match="something else"):
-        run(nn.Linear(6, 3), TRAIN, loss=lambda output, target: (_ for _ in ()).throw(RuntimeError("something else")))
+        run(nn.Linear(6, 3), TRAIN,
+            loss=lambda output, target: (_ for _ in ()).throw(RuntimeError("something else")))
 
 
-# ── several processes ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── several processes ─────────────────────────────────────────────────────────────────────────────
 
 
 def stubbed(model, others, **options):
@@ -1067,12 +1173,12 @@ def stubbed(model, others, **options):
 @pytest.mark.parametrize("label", [-100, 2], ids=["ignored", "of weight 0"])
 def test_a_process_without_a_label_that_counts_takes_part_with_gradient_0(cls, label):
     model, (x, y) = build(cls), TRAIN[:6]
-    (loss, _, norm), counts = training._gradients(
+    (loss, _, norm), counts = gradients._gradients(
         stubbed(model, 4), x, torch.full_like(y, label), 0.5)
     assert (loss, norm) == (0.0, 0.0) and counts == (0, 0)
     assert all(p.grad.eq(0).all() for p in model.parameters() if p.grad is not None)
     # where no process has one, all of them know
-    (loss, *_), _ = training._gradients(stubbed(model, 0), x, torch.full_like(y, label), 0.5)
+    (loss, *_), _ = gradients._gradients(stubbed(model, 0), x, torch.full_like(y, label), 0.5)
     assert math.isnan(loss)
 
 
@@ -1081,7 +1187,7 @@ def test_a_piece_without_a_label_that_counts_adds_nothing():
     y = torch.cat([torch.zeros_like(y[:3]), torch.full_like(y[3:], -100)])
     for pieces in (1, 2):
         model = build(nn.Linear, in_features=6, out_features=3)
-        (loss, hits, _), _ = training._gradients(stubbed(model, 0, accumulate=pieces), x, y, 0.5)
+        (loss, hits, _), _ = gradients._gradients(stubbed(model, 0, accumulate=pieces), x, y, 0.5)
         grads.append(torch.cat([model.weight.grad.flatten(), torch.tensor([loss, hits])]))
     torch.testing.assert_close(*grads)
 
@@ -1103,11 +1209,13 @@ torch.set_num_threads(1)
 from test_training import Local, Loop, TRAIN, VALID, build, rows, run
 rank, out = int(os.environ.get("RANK", 0)), {}
 for name, cls, options in [("loop", Loop, {"accumulate": 2}), ("local", Local, {})]:
-    out[name] = rows(run(build(cls, seed=rank), batch_size=15, **options))  # unlike weights: those of the first process count
+    # unlike weights: those of the first process count
+    out[name] = rows(run(build(cls, seed=rank), batch_size=15, **options))
 def die(history, model):  # one worker, once, after the second epoch
     if rank == 1 and len(history) == 2 and not os.path.exists(sys.argv[2] + "/dead"):
         open(sys.argv[2] + "/dead", "w").close(); os._exit(7)
-out["died"] = rows(run(build(Loop), epochs=4, batch_size=15, checkpoint=(sys.argv[2] + "/run", 2), callbacks=[die]))
+out["died"] = rows(run(build(Loop), epochs=4, batch_size=15,
+                       checkpoint=(sys.argv[2] + "/run", 2), callbacks=[die]))
 if rank == 0:
     json.dump(out, open(sys.argv[1], "w"))
 '''
@@ -1115,15 +1223,20 @@ if rank == 0:
 
 def test_two_processes_do_what_one_does_and_survive_a_death(tmp_path):
     (tmp_path / "two.py").write_text(TWO)
-    env = {**{k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC", "ACCELERATE"))}, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    args = [str(tmp_path / "two.py"), str(tmp_path / "two.json"), str(tmp_path), str(ROOT / "tests")]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
-    done = subprocess.run(torchrun + args, capture_output=True, text=True, cwd=ROOT, env=env, timeout=300)
+    env = {**{k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC",
+        "ACCELERATE"))}, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    args = [str(tmp_path / "two.py"), str(tmp_path / "two.json"), str(tmp_path),
+            str(ROOT / "tests")]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+                "--max-restarts=1"]
+    done = subprocess.run(torchrun + args, capture_output=True, text=True, cwd=ROOT, env=env,
+                          timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     assert (tmp_path / "dead").exists()
     two = json.loads((tmp_path / "two.json").read_text())
     one = {
-        "loop": rows(run(build(Loop), batch_size=15)), "local": rows(run(build(Local), batch_size=15)),
+        "loop": rows(run(build(Loop), batch_size=15)),
+        "local": rows(run(build(Local), batch_size=15)),
         "died": rows(run(build(Loop), epochs=4, batch_size=15)),
     }
     for name in one:
@@ -1216,11 +1329,12 @@ def test_a_sharded_model_trains_and_resumes_as_a_whole_one(tmp_path):
     torch.testing.assert_close(weights(other), weights(model), atol=2e-5, rtol=1e-4)
 
 
-# ── housekeeping ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── housekeeping ──────────────────────────────────────────────────────────────────────────────────
 
 
 def test_importing_is_light():
-    code = "import sys, feedback_nb.training; print([m for m in ('pandas', 'safetensors', 'matplotlib', 'IPython') if m in sys.modules])"
+    code = ("import sys, feedback_nb.training; slow = 'pandas', 'safetensors', 'matplotlib', "
+            "'IPython'; print([m for m in slow if m in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
