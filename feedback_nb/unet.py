@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['NORMS', 'Padded', 'UNet', 'ExponentialDecay', 'FeedbackLoop', 'FeedbackUNet', 'FeedForward', 'feedforward_unet',
-           'tail_bound', 'check_masks', 'class_weights', 'segmentation_loss', 'segmentation_scores',
-           'measure_segmentation']
+           'widened', 'SettlingUNet', 'tail_bound', 'check_masks', 'class_weights', 'segmentation_loss',
+           'segmentation_scores', 'measure_segmentation']
 
 # %% ../nbs/20_unet.ipynb #e085b376
 #| code-fold: true
 #| code-summary: "Imports of the module"
+import copy
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -22,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .checks import need_known, need_number
 from .feedback import FeedbackModel, State, Trajectory
+from .fixed_points import fixed_point
 from .segmentation import check_masks, class_weights, measure_segmentation
 from .segmentation import segmentation_loss, segmentation_scores
 
@@ -326,6 +328,57 @@ def feedforward_unet(
 ) -> FeedForward:
     """The feed-forward twin of `FeedbackUNet`: the same options, as many parameters."""
     return FeedForward(FeedbackUNet(in_channels, n_classes, **options), static)
+
+# %% ../nbs/20_unet.ipynb #59d56ff7
+def widened(
+    net: nn.Module,  # a trained network; it is not changed
+    more: int,  # channels to add behind those that it knows: k, those that are fed back
+    name: str | None = None,  # of its first convolution; None: the first that it holds
+) -> nn.Module:  # a copy that takes that many channels more
+    """A copy whose first convolution sees more channels, with weights of 0 for them."""
+    need_number(1, whole=True, more=more)
+    net = copy.deepcopy(net)
+    convs = {n: m for n, m in net.named_modules() if isinstance(m, nn.Conv2d) and m.groups == 1}
+    need_known(name or next(iter(convs), name), convs, "convolution of one group")
+    conv = convs[name or next(iter(convs))]
+    wider = F.pad(conv.weight.detach(), (0, 0, 0, 0, 0, more))
+    conv.weight, conv.in_channels = nn.Parameter(wider), wider.shape[1]
+    return net
+
+# %% ../nbs/20_unet.ipynb #40da5fcd
+class SettlingUNet(FeedbackUNet):
+    """h ← (1 - a) h + a F(x, h), trained at its fixed point."""
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        n_classes: int = 2,
+        *,
+        blend: float = 0.5,  # a
+        solver_steps: int = 8,  # at most, to the fixed point in training, and for its gradient
+        solver_tol: float = 1e-2,  # residual at which an example stops there
+        **options,  # as for `FeedbackUNet`, without a decay
+    ):
+        need_number(0, 1, strict=True, blend=blend)
+        super().__init__(in_channels, n_classes, decay=None, **options)
+        self.blend, self.solver_steps, self.solver_tol = blend, solver_steps, solver_tol
+
+    def step(self, x, state, t, **context):
+        """A blend of the state and the body's answer; residuals measure F - h itself."""
+        new = self.change(x, state.h["v"])
+        parts = {"u": new[:, : self.state], "v": new[:, self.state :]}
+        change = {name: part - state.h[name] for name, part in parts.items()}
+        h = {name: state.h[name] + self.blend * d for name, d in change.items()}
+        return State(h, self.head(h["u"]), change={k: d.detach() for k, d in change.items()})
+
+    def local_backward(self, x, y):
+        """The loss at the fixed point, and its gradient by the implicit function theorem."""
+        steps, tol = self.solver_steps, self.solver_tol
+        answer = fixed_point(*self.map(x), steps=steps, tol=tol, backward_steps=steps,
+                             backward_tol=tol)[1]
+        loss = segmentation_loss(answer, y)
+        loss.backward()
+        return loss.detach()
 
 # %% ../nbs/20_unet.ipynb #5511075d
 def tail_bound(

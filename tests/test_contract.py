@@ -1,9 +1,10 @@
-"""One contract for every feedback model: copies, threads, compilation, other batches, gradients."""
+"""One contract for every model of the registry: copies, threads, compilation, gradients."""
 
 import copy
 import io
 import pickle
 import threading
+import warnings
 from itertools import islice
 
 import pytest
@@ -13,15 +14,12 @@ from torch.func import functional_call, grad, vmap
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from feedback_nb.cbl import CBL
 from feedback_nb.feedback import FeedbackModel, State, stepwise_loss
-from feedback_nb.fixed_points import iterate
-from feedback_nb.lrm import LRM
+from feedback_nb.fixed_points import NotConverged, iterate
 from feedback_nb.networks import cnn
-from feedback_nb.predictive import PCClassifier, PCNet, SparsePrior
-from feedback_nb.predictive_unet import PCUNet, SettlingUNet
+from feedback_nb.predictive import SparsePrior
+from feedback_nb.registry import REGISTRY, Entry, capabilities, make
 from feedback_nb.replay import Replay
-from feedback_nb.unet import FeedbackUNet
 
 
 class Louder(FeedbackModel):
@@ -48,47 +46,46 @@ class Louder(FeedbackModel):
         return State(h, self.replay(x, state.memo, {self.layer: refine}), state.memo)
 
 
-def stack():
-    """Three stages without batch norm, the last one to logits."""
-    convs = [nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), nn.Tanh()) for a, b in ((1, 4), (4, 6))]
-    return [*convs, nn.Sequential(nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(54, 5))]
+def louder(example, n_classes, width, **options):
+    return Louder(cnn(1, n_classes, width=width), "stage2", example=example, **options)
 
 
 X = torch.rand(4, 1, 12, 12, generator=torch.Generator().manual_seed(1))
-STAGES = ["stage1", "stage2", "stage3", "stage4"]
-MODELS = {
-    "CBL": lambda **o: CBL(cnn(1, 5, width=4), STAGES, example=X, **o),
-    "CBL, no names": lambda **o: CBL(cnn(1, 5, width=4), example=X, adapter="concat", **o),
-    "CBL literal": lambda **o: CBL(cnn(1, 5, width=4), STAGES, example=X, flow="literal", **o),
-    "LRM": lambda **o: LRM(
-        cnn(1, 5, width=4), [("fc2", "stage3"), ("stage3", "stage1")], example=X, **o
-    ),
-    "LRM, no names": lambda **o: LRM(cnn(1, 5, width=4), example=X, **o),
-    "LRM published": lambda **o: LRM(
-        cnn(1, 5, width=4), [("stage1", "stage3")], example=X, motif="published", **o
-    ),
-    "U-Net": lambda **o: FeedbackUNet(1, 3, channels=(4, 8), norm="batch", **o),
-    "PCNet, prior": lambda **o: PCNet(stack(), example=X, prior=SparsePrior(0.5), **o),
-    "PCClassifier": lambda **o: PCClassifier(
-        stack(), [nn.ConvTranspose2d(4, 1, 2, 2), nn.ConvTranspose2d(6, 4, 2, 2)], example=X, **o
-    ),
-    "PC U-Net": lambda **o: PCUNet(1, 3, channels=(4, 6), step_size=0.02, **o),
-    "settling U-Net": lambda **o: SettlingUNet(1, 3, channels=(4, 8), state=4, **o),
-    "example": lambda **o: Louder(cnn(1, 5, width=4), "stage2", example=X, **o),
+OTHERS = {  # name: (entry, options): other ways through the same code
+    "CBL, no names": ("CBL", {"layers": None, "adapter": "concat"}),
+    "LRM, no names": ("LRM", {"connections": None}),
+    "LRM, published": ("LRM", {"connections": [("stage1", "stage3")], "motif": "published"}),
+    "feedback U-Net, batch norm": ("feedback U-Net", {"norm": "batch"}),
+    "PC network, prior": ("PC network", {"prior": SparsePrior(0.5)}),
 }
-every = pytest.mark.parametrize("kind", MODELS)
+ENTRIES = {name: (entry, {}) for name, entry in REGISTRY.items()}
+ENTRIES["local recurrence"][1]["areas"] = 1  # a picture needs a step per area to be heard
+ENTRIES |= {name: (REGISTRY[of], options) for name, (of, options) in OTHERS.items()}
+ENTRIES["a reader's own"] = Entry(louder, "01"), {}
+every = pytest.mark.parametrize("kind", ENTRIES)
+loops = pytest.mark.parametrize("kind", [k for k, (entry, _) in ENTRIES.items() if entry.loops])
+
+
+def entry_of(kind):
+    return ENTRIES[kind][0]
 
 
 def build(kind, seed=0, **options):
     torch.manual_seed(seed)
-    return MODELS[kind](**{"steps": 2} | options)
+    entry, own = ENTRIES[kind]
+    own = {"steps": 2} | own if entry.loops else own
+    return entry.build(X, 5 if entry.task == "images" else 3, 4, **own | options)
+
+
+def one_step(kind):
+    return build(kind, **{"steps": 1} if entry_of(kind).loops else {}).eval()
 
 
 def target(y):
     return torch.arange(y[:, 0].numel()).view_as(y[:, 0]) % y.shape[1]
 
 
-@every
+@loops
 def test_outputs_are_those_of_the_loop(kind):
     model = build(kind).eval()
     found = model.trajectory(X, states=True)
@@ -96,12 +93,12 @@ def test_outputs_are_those_of_the_loop(kind):
     assert torch.equal(model(X), found.output) and torch.equal(model(X, steps=0), found.outputs[0])
     for state, output in zip(islice(model.states(X), 3), found.outputs):
         assert torch.equal(state.y, output)
-    if kind != "U-Net":  # its step depends on the clock
+    if not kind.startswith("feedback U-Net"):  # its step depends on the clock
         outputs = iterate(*model.map(X), steps=2).outputs
         assert all(torch.equal(a, b) for (_, a), b in zip(outputs, found.outputs, strict=True))
 
 
-@every
+@loops
 def test_memo_is_constant_after_the_start(kind):
     states = list(islice(build(kind).eval().states(X), 4))
     assert all(state.memo is states[0].memo for state in states)
@@ -113,7 +110,11 @@ def test_another_batch_and_another_size(kind):
     answer = model(X)
     for part in (slice(0, 1), slice(1, 3)):
         assert_close(model(X[part]), answer[part], atol=1e-5, rtol=1e-4)
-    assert len(model(torch.rand(2, 1, 16, 20))) == 2
+    if entry_of(kind).any_size:
+        assert len(model(torch.rand(2, 1, 16, 20))) == 2
+    else:
+        with pytest.raises((ValueError, RuntimeError)):
+            model(torch.rand(2, 1, 16, 20))
 
 
 @every
@@ -156,16 +157,72 @@ def test_threads_share_a_model(kind):
 
 @every
 def test_compiles_in_one_graph(kind):
-    model = build(kind, steps=1).eval()
+    model = one_step(kind)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
-    assert_close(compiled(X), model(X))
+    if entry_of(kind).fullgraph:
+        assert_close(compiled(X), model(X))
+    else:
+        with pytest.raises(torch._dynamo.exc.TorchDynamoException):
+            compiled(X)
 
 
 @every
+def test_runs_under_autocast(kind):
+    model = one_step(kind)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        low = model(X).float()
+    assert entry_of(kind).bf16 and low.isfinite().all()
+    answer = model(X).detach()
+    assert float((low - answer).norm() / answer.norm()) < 0.05
+
+
+@every
+def test_gradients_of_gradients(kind):
+    model, x = one_step(kind), X.clone().requires_grad_()
+    first = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)[0]
+    if entry_of(kind).double_backward:
+        second = torch.autograd.grad(first.square().sum(), x)[0]
+        assert second.isfinite().all() and second.any()
+    else:
+        with pytest.raises(RuntimeError):
+            torch.autograd.grad(first.square().sum(), x)
+
+
+@every
+def test_the_registry_says_what_is_built(kind):
+    entry, model = entry_of(kind), build(kind)
+    assert isinstance(model, FeedbackModel) == entry.loops == bool(entry.zero)
+    assert hasattr(model, "local_backward") == entry.own_backward
+    if entry.loops:  # a blank state has not looked at the picture
+        first = model.eval()(X, steps=0)
+        assert torch.equal(first, first[:1].expand_as(first)) == (entry.zero == "a blank state")
+
+
+@every
+def test_own_backward_leaves_gradients_and_a_loss(kind):
+    model, labels = build(kind).train(), torch.arange(4) % 3
+    y = labels if entry_of(kind).task == "images" else labels[:, None, None].expand(4, 12, 12)
+    if entry_of(kind).own_backward:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NotConverged)  # untrained, and few steps
+            loss = model.local_backward(X, y.contiguous())
+        assert loss.isfinite() and not loss.requires_grad
+        assert any(p.grad is not None and p.grad.any() for p in model.parameters())
+    else:
+        assert not hasattr(model, "local_backward")
+
+
+def test_a_name_that_is_unknown_and_the_table_of_all():
+    with pytest.raises(ValueError, match="CBL"):
+        make("CBl", X)
+    assert list(capabilities().index) == list(REGISTRY)
+
+
+@loops
 def test_tol_and_check_finite_are_options_of_every_method(kind):
     model = build(kind, tol=1e9, check_finite=False).eval()
-    blank = kind in ("U-Net", "settling U-Net")  # from h = 0 any first step is infinitely large
+    blank = entry_of(kind).zero == "a blank state"  # from h = 0 any step is infinitely large
     assert model.trajectory(X).n_steps.tolist() == [2 if blank else 1] * 4
     assert model.trajectory(X, tol=False).n_steps.tolist() == [2] * 4
     with torch.no_grad():
@@ -176,9 +233,9 @@ def test_tol_and_check_finite_are_options_of_every_method(kind):
         model(X)
 
 
-@every
+@loops
 def test_vmap_and_gradients_of_each_example(kind):
-    model = build(kind, steps=1).eval()
+    model = one_step(kind)
     assert_close(vmap(lambda x: model(x[None])[0])(X), model(X), atol=1e-5, rtol=1e-4)
     weights = {name: p.detach() for name, p in model.named_parameters()}
 
@@ -199,12 +256,12 @@ def test_vmap_and_gradients_of_each_example(kind):
             )
 
 
-@every
+@loops
 def test_checkpointing_a_call_gives_the_same_gradient(kind):
-    model = build(kind, steps=1).eval()
+    model = one_step(kind)
     x = X.clone().requires_grad_()
     straight = torch.autograd.grad(model(x).square().sum(), x)[0]
-    if kind.startswith("PC"):  # each step is a gradient
+    if kind.startswith(("PC", "Predify")):  # each step is a gradient
         with pytest.raises(RuntimeError, match="saved tensor hooks"):  # PyTorch says so itself
             checkpoint(model, x, use_reentrant=False)
         return
@@ -212,14 +269,15 @@ def test_checkpointing_a_call_gives_the_same_gradient(kind):
     assert_close(torch.autograd.grad(again.square().sum(), x)[0], straight)
 
 
-@every
+@loops
 def test_an_exception_in_the_middle_leaves_nothing(kind, monkeypatch):
     model = build(kind).eval()
     answer, runs = model(X), []
-    layer = next(
-        m for m in reversed(list(model.modules())) if isinstance(m, nn.Conv2d) and m.in_channels > 1
-    )
-    whole = layer._conv_forward
+    where = [(m, "_conv_forward") for m in model.modules() if isinstance(m, nn.Conv2d)]
+    where = [(m, name) for m, name in where if m.in_channels > 1]
+    where = where or [(m, "forward") for m in model.modules() if isinstance(m, nn.LayerNorm)]
+    layer, name = where[-1]
+    whole = getattr(layer, name)
 
     def breaks(*args):
         runs.append(1)
@@ -227,7 +285,7 @@ def test_an_exception_in_the_middle_leaves_nothing(kind, monkeypatch):
             raise KeyError("in the middle")
         return whole(*args)
 
-    monkeypatch.setattr(layer, "_conv_forward", breaks)
+    monkeypatch.setattr(layer, name, breaks)
     try:
         model(X)
         model(X)
@@ -238,16 +296,16 @@ def test_an_exception_in_the_middle_leaves_nothing(kind, monkeypatch):
     assert torch.equal(model(X), answer)
 
 
-@every
+@loops
 def test_data_parallel_is_refused(kind):
     with pytest.raises(RuntimeError, match="DistributedDataParallel"):
         build(kind)._replicate_for_data_parallel()
 
 
-@every
+@loops
 def test_a_step_of_training_reaches_all_new_parts(kind):
     model = build(kind).train()
     trajectory = model.trajectory(X, states=True)
     stepwise_loss(trajectory, target(trajectory.output)).backward()
     silent = [name for name, p in model.named_parameters() if p.grad is None]
-    assert all(kind == "CBL literal" and "adapters" in name for name in silent)
+    assert all(kind == "CBL, literal" and "adapters" in name for name in silent)

@@ -21,8 +21,9 @@ from feedback_nb.predictive import (
     incremental_step,
     shuffled_decoders,
 )
-from feedback_nb.predictive_unet import PCUNet, SettlingUNet
+from feedback_nb.predictive_unet import PCUNet
 from feedback_nb.training import fit
+from feedback_nb.unet import SettlingUNet
 
 WIDE = torch.float64
 FEW = {"deadline": None, "phases": [Phase.explicit, Phase.reuse, Phase.generate]}
@@ -492,6 +493,17 @@ def test_the_energy_of_the_unet_falls_and_its_modules_learn_apart():
 def test_bad_options_of_the_unet_are_named(options, name):
     with pytest.raises(ValueError, match=name):
         PCUNet(1, 2, **{"channels": (4, 6)} | options)
+
+
+def test_the_settling_unet_is_found_where_it_was_first():
+    from feedback_nb import predictive_unet
+
+    assert predictive_unet.SettlingUNet is SettlingUNet
+    with pytest.raises(AttributeError, match="Settled"):
+        _ = predictive_unet.Settled
+    old = pickle.dumps(contract()["settling"][0], protocol=0).replace(
+        b"feedback_nb.unet\nSettlingUNet", b"feedback_nb.predictive_unet\nSettlingUNet")
+    assert b"predictive_unet" in old and type(pickle.loads(old)) is SettlingUNet
 
 
 def test_the_settling_unet_trains_at_its_fixed_point():

@@ -30,6 +30,7 @@ from feedback_nb.unet import (
     segmentation_loss,
     segmentation_scores,
     tail_bound,
+    widened,
 )
 
 SMALL = dict(channels=(4, 8, 8), state=5)
@@ -792,3 +793,24 @@ def test_steps_may_be_numbers_of_numpy():
     assert_close(gradient(model, x, (x[:, 0] > 0).long()), one)
     with pytest.raises(ValueError, match="steps"):
         model.trajectory(x, steps=-1)
+
+
+def test_a_widened_network_answers_as_before_and_learns_the_new_channels():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.ReLU(), nn.Conv2d(4, 6, 1))
+    before = copy.deepcopy(net.state_dict())
+    wide, x, new = widened(net, 2), images(2, 9, 9, channels=3), torch.randn(2, 2, 9, 9)
+    assert_close(wide(torch.cat([x, new], 1)), net(x))
+    wide(torch.cat([x, new], 1)).square().sum().backward()
+    assert wide[0].weight.grad[:, 3:].abs().min() > 0 and net[0].weight.grad is None
+    assert all(torch.equal(v, net.state_dict()[k]) for k, v in before.items())
+    assert net[0].in_channels == 3 and wide[0].in_channels == 5
+    assert widened(net, 1, "2")[2].weight.shape == (6, 5, 1, 1)  # another one, by its name
+
+
+@pytest.mark.parametrize("net, options, name", [
+    (nn.Linear(3, 3), {}, "convolution"), (nn.Conv2d(3, 3, 1, groups=3), {}, "convolution"),
+    (nn.Conv2d(3, 3, 1), {"name": "stem"}, "stem"), (nn.Conv2d(3, 3, 1), {"more": 0}, "more")])
+def test_what_cannot_be_widened_is_named(net, options, name):
+    with pytest.raises(ValueError, match=name):
+        widened(net, **{"more": 1} | options)
