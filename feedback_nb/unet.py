@@ -32,6 +32,8 @@ _all_ = ["check_masks", "class_weights", "segmentation_loss", "segmentation_scor
          "measure_segmentation"]
 
 # %% ../nbs/20_unet.ipynb #e4b7481a
+#| code-fold: true
+#| code-summary: "Helper: which inputs are images"
 def _need_images(x, channels=None, side=1):
     """ValueError unless x is a batch of floating-point images of these channels and sizes."""
     if torch.is_tensor(x) and x.dim() == 4 and x.is_floating_point():
@@ -68,6 +70,8 @@ class Padded(nn.Module):
         return self.body(x)[back]
 
 # %% ../nbs/20_unet.ipynb #81876396
+#| code-fold: true
+#| code-summary: "Helper: group norm, and two convolutions"
 def _group_norm(channels):
     """At most 8 groups, of 4 channels or more."""
     return nn.GroupNorm(math.gcd(channels, max(1, min(8, channels // 4))), channels)
@@ -90,6 +94,8 @@ def _double(a, b, norm):
     return nn.Sequential(*layers(a), *layers(b))
 
 # %% ../nbs/20_unet.ipynb #d2be2c1e
+#| code-fold: true
+#| code-summary: "UNet"
 class UNet(nn.Module):
     """Halves the image level by level, and comes back up beside each level's own picture."""
 
@@ -129,6 +135,8 @@ class UNet(nn.Module):
         return self.last(h[back])
 
 # %% ../nbs/20_unet.ipynb #c9907123
+#| code-fold: true
+#| code-summary: "ExponentialDecay"
 class ExponentialDecay(nn.Module):
     """The factor on what step t adds: e^{-t/τ}, or Q e^{-t/τ} P with P learned as Q⁻¹."""
 
@@ -170,8 +178,10 @@ class ExponentialDecay(nn.Module):
         return F.conv2d(delta, self.factor(t).to(delta.dtype)[:, :, None, None])
 
 # %% ../nbs/20_unet.ipynb #c1fe80e8
-class FeedbackLoop(FeedbackModel):
-    """Any segmentation network and its own answer: h ← h + F([x, softmax v]) e^{-t/τ}, h(0) = 0."""
+#| code-fold: true
+#| code-summary: "What a step adds: F, the projection, the decay"
+class _Changes(FeedbackModel):
+    """What a step adds: F([x, softmax v]), decayed by the clock."""
 
     def __init__(
         self,
@@ -201,11 +211,8 @@ class FeedbackLoop(FeedbackModel):
             need_known(decay, ("scalar", "matrix", None), "decay and no module")
             self.decay = decay and ExponentialDecay(state + feedback, tau, decay)
 
-    def project(
-        self,
-        v,  # (B, feedback, H, W)
-    ):  # the same shape; with softmax, every pixel on the simplex
-        """What is fed back."""
+    def project(self, v):
+        """What is fed back, (B, feedback, H, W); with softmax, every pixel on the simplex."""
         return v.softmax(1) if self.softmax else v
 
     def change(
@@ -233,6 +240,12 @@ class FeedbackLoop(FeedbackModel):
         with torch.no_grad():
             whole = self.decay(change.detach(), 0)
         return self.decay(change, t), whole
+
+# %% ../nbs/20_unet.ipynb #bfc9d9d3
+#| code-fold: true
+#| code-summary: "FeedbackLoop: the loop"
+class FeedbackLoop(_Changes):
+    """Any segmentation network and its own answer: h ← h + F([x, softmax v]) e^{-t/τ}, h(0) = 0."""
 
     def start(self, x, **context) -> State:
         """The blank state u = v = 0 and its prediction; nothing has been looked at yet."""
@@ -271,6 +284,8 @@ class FeedbackLoop(FeedbackModel):
         return super().trajectory(x, steps=T, restart=restart, first=first, **options)
 
 # %% ../nbs/20_unet.ipynb #ec52e8a3
+#| code-fold: true
+#| code-summary: "FeedbackUNet"
 class FeedbackUNet(FeedbackLoop):
     """The feedback U-Net: our U-Net as the body F, a 1×1 convolution as the head G."""
 
@@ -296,6 +311,8 @@ class FeedbackUNet(FeedbackLoop):
         return super().start(x, **context)
 
 # %% ../nbs/20_unet.ipynb #d1cdc0d9
+#| code-fold: true
+#| code-summary: "feedforward_unet: the twin without feedback"
 class FeedForward(nn.Module):
     """The twin without feedback: the same modules, run once on the image and blank feedback."""
 
@@ -381,6 +398,8 @@ class SettlingUNet(FeedbackUNet):
         return loss.detach()
 
 # %% ../nbs/20_unet.ipynb #5511075d
+#| code-fold: true
+#| code-summary: "tail_bound"
 def tail_bound(
     size: float,  # M ≥ ‖F‖ along the trajectory; a number or a tensor
     t: int,  # steps taken
