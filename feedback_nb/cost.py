@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import math
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
@@ -53,13 +54,33 @@ _UNCOUNTED = {  # by PyTorch: shapes -> FLOPs, 2 for a multiply-add
     _aten._trilinear: _trilinear}
 
 
-def _count(net: nn.Module, example, options: dict) -> int:
-    from torch.utils.flop_counter import FlopCounterMode
+class _Counter(TorchDispatchMode):
+    """Adds up FLOPs, also where a step takes a gradient (there FlopCounterMode fails)."""
 
-    counter = FlopCounterMode(display=False, custom_mapping=_UNCOUNTED)
-    with counter, torch.no_grad():
+    def __init__(self):
+        from torch.utils.flop_counter import flop_registry, shape_wrapper
+
+        super().__init__()
+        self.total = 0
+        self.known = {**flop_registry, **{op: shape_wrapper(f) for op, f in _UNCOUNTED.items()}}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs, op = kwargs or {}, getattr(func, "_overloadpacket", None)
+        if op not in self.known and func is not torch.ops.prim.device.default:
+            with self:  # of parts that are known
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        out = func(*args, **kwargs)
+        if op in self.known:
+            self.total += self.known[op](*args, **kwargs, out_val=out)
+        return out
+
+
+def _count(net: nn.Module, example, options: dict) -> int:
+    with _Counter() as counter, torch.no_grad():
         net.eval()(example, **options)
-    return counter.get_total_flops() // 2
+    return counter.total // 2
 
 
 def multiply_adds(
@@ -128,8 +149,8 @@ def _peak_bytes(step: Callable, device: torch.device) -> int:
     return live.peak
 
 
-def _saved_bytes(model: nn.Module, x, loss: Callable) -> int:
-    """Bytes kept for the backward pass, without the weights and the input; each storage once."""
+def _saved_bytes(model: nn.Module, x, loss: Callable) -> float:
+    """Bytes kept for the backward pass, each storage once; not the weights and the input."""
     known = _storages((list(model.parameters()), list(model.buffers()), x))
     own, saved = {storage.data_ptr() for storage in known}, {}
 
@@ -139,8 +160,15 @@ def _saved_bytes(model: nn.Module, x, loss: Callable) -> int:
             saved[storage.data_ptr()] = storage  # held, so that no address is used twice
         return t.detach()  # t itself would be a circle that is never freed
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        value = loss(model, x)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            value = loss(model, x)
+    except RuntimeError as error:
+        if "saved tensor hooks" not in str(error):
+            raise
+        warnings.warn(f"no saved_mb of {type(model).__name__}: its steps use torch.func",
+                      stacklevel=2)
+        return math.nan
     del value
     return sum(storage.nbytes() for storage in saved.values())
 

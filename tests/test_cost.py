@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from feedback_nb.predictive import PCNet
 from feedback_nb.feedback import FeedbackModel, State
 from feedback_nb.cost import cost, multiply_adds
 
@@ -193,3 +194,28 @@ def test_products_that_torchs_counter_does_not_know_are_counted(function, expect
     assert multiply_adds(Product(maybe), x) == expected
     row = cost(Product(maybe), x, train=False, seconds=0.001, rounds=1).iloc[0]
     assert row.mflops * 1e6 == pytest.approx(2 * expected / 4)
+
+
+def test_a_step_that_takes_a_gradient_is_counted():
+    class Downhill(nn.Module):
+        """One step down ½‖W h‖², as inference in predictive coding takes it."""
+
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(4, 3, bias=False)
+
+        def forward(self, h):
+            with torch.enable_grad():
+                h = h.detach().requires_grad_()
+                energy = self.lin(h).square().sum() / 2
+            return h.detach() - torch.autograd.grad(energy, h)[0]
+
+    assert multiply_adds(Downhill(), torch.randn(5, 4)) == 5 * (4 * 3 + 3 * 4)  # forth and back
+
+
+def test_a_predictive_network_has_a_cost():
+    net = PCNet([nn.Linear(6, 5), nn.Linear(5, 3)], example=torch.randn(2, 6), steps=2)
+    with pytest.warns(UserWarning, match="saved_mb of PCNet"):
+        table = cost({"one": net}, torch.randn(2, 6), seconds=0.01, rounds=1)
+    assert table.mflops.item() > 0 and table.peak_mb.item() > 0
+    assert table.saved_mb.isna().item()  # not measured, and not 0
