@@ -1,8 +1,11 @@
-"""What a step of co-activation patterns costs: time as a ratio to backpropagation of the same VGG in the same run, memory as saved bytes.
+"""What a step of co-activation patterns costs: time as a ratio to backpropagation of the same VGG in
+the same run, memory as saved bytes.
 
-VGG16 at a quarter of the paper's width, batch 128, 32 × 32 pixels, no dropout, channels last. Bounds (issue of chapter 40): Algorithm 1 by autograd ≤ 0.95 × the
-time of a backpropagation step, `local_backward` ≤ 1.30 ×, with kept graphs ≤ 1.15 ×; peak saved bytes of VGG19 ≤ 1.05 × VGG11's, of VGG16 ≤ 0.17 × backpropagation's.
-The peer is `torch.utils.checkpoint` around every block of the backpropagation network.
+VGG16 at a quarter of the paper's width, batch 128, 32 × 32 pixels, no dropout, channels last. Bounds
+(issue of chapter 40): Algorithm 1 by autograd ≤ 0.95 × the time of a backpropagation step,
+`local_backward` ≤ 1.30 ×, with kept graphs ≤ 1.15 ×; peak saved bytes of VGG19 ≤ 1.05 × VGG11's, of
+VGG16 ≤ 0.17 × backpropagation's. The peer is `torch.utils.checkpoint` around every block of the
+backpropagation network.
 """
 
 import argparse
@@ -87,7 +90,7 @@ def steps(depth, args):
 
 
 def seconds(model, step, x, y, device):
-    """CPU seconds of this process on a CPU, so that other work on the machine counts less; wall-clock seconds on a GPU."""
+    """CPU seconds of this process on a CPU, so that other work counts less; wall clock on a GPU."""
     model.zero_grad(set_to_none=True)
     clock = time.process_time if device == "cpu" else time.perf_counter
     sync = (lambda: None) if device == "cpu" else torch.cuda.synchronize

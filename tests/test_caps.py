@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from feedback_nb import caps
-from feedback_nb.caps import RULES, CAPs, local_backward, mlp, orthogonality, pooled, pooling_grid, recalibrate, sparsity, switch_rule, vgg
+from feedback_nb.caps import RULES, CAPs, local_backward, mlp, orthogonality, pooled
+from feedback_nb.caps import pooling_grid, recalibrate, sparsity, switch_rule, vgg
 from feedback_nb.data import load
 from feedback_nb.cost import _peak_bytes, _saved_bytes
 from feedback_nb.evaluation import compare

@@ -47,7 +47,8 @@ def test_a_file_has_the_mode_that_the_umask_gives(tmp_path):
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path):
-    code = ("import sys, time; from pathlib import Path; from feedback_nb.files import written_whole\n"
+    code = (
+        "import sys, time; from pathlib import Path; from feedback_nb.files import written_whole\n"
             "with written_whole(Path(sys.argv[1])) as made:\n"
             "    made.write_text('half'); time.sleep(60)")
     path = tmp_path / "a.txt"

@@ -63,7 +63,8 @@ def test_a_python_that_is_missing_or_too_old_is_named(project):
     done = make(project, "setup", "PYTHON=python3.99")
     assert done.returncode != 0 and "There is no python3.99 on the PATH" in done.stdout
     done = make(project, "setup", python(project, "3.9.2", old=1))
-    assert done.returncode != 0 and "needs Python 3.11 or later" in done.stdout and "is Python 3.9.2" in done.stdout
+    assert done.returncode != 0
+    assert "needs Python 3.11 or later" in done.stdout and "is Python 3.9.2" in done.stdout
     assert not (project / ".venv").exists()
 
 

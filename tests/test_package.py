@@ -15,7 +15,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted(p.stem for p in (ROOT / "feedback_nb").glob("*.py")
                  if p.stem not in ("__init__", "_modidx"))
-LIGHT = "torchvision torchaudio pandas matplotlib sklearn scipy safetensors captum tqdm IPython PIL".split()
+LIGHT = ("torchvision torchaudio pandas matplotlib sklearn scipy safetensors captum tqdm IPython "
+         "PIL").split()
 
 
 def settings():
@@ -31,8 +32,8 @@ def run(code):
 
 def test_importing_everything_loads_torch_alone():
     lines = "\n".join(f"import feedback_nb.{name}" for name in MODULES)
-    done = run(
-        f"import sys, torch\nbefore = set(sys.modules)\n{lines}\nprint(*sorted({{m.split('.')[0] for m in set(sys.modules) - before}}))")
+    done = run(f"import sys, torch\nbefore = set(sys.modules)\n{lines}\n"
+               "print(*sorted({m.split('.')[0] for m in set(sys.modules) - before}))")
     assert done.returncode == 0, done.stderr
     assert "feedback_nb" in done.stdout.split()
     assert not set(done.stdout.split()) & set(LIGHT)
@@ -42,10 +43,13 @@ def test_importing_touches_neither_network_nor_disk():
     code = f"""
 import sys, torch
 import importlib.util
+touching = ("os.mkdir", "os.rename", "os.remove", "urllib.Request", "subprocess.Popen",
+            "os.listdir")
 def hook(event, args):
-    if event.startswith("socket.") or event in ("os.mkdir", "os.rename", "os.remove", "urllib.Request", "subprocess.Popen", "os.listdir"):
+    if event.startswith("socket.") or event in touching:
         if event != "os.listdir" or "feedback_nb" not in str(args): print("event", event, args)
-    if event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+") and "__pycache__" not in str(args[0]): print("event", event, args)
+    if event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+"):
+        if "__pycache__" not in str(args[0]): print("event", event, args)
 sys.dont_write_bytecode = True
 sys.addaudithook(hook)
 {chr(10).join(f"import feedback_nb.{name}" for name in MODULES)}
