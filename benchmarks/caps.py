@@ -1,8 +1,8 @@
-"""What a step of co-activation patterns costs: time as a ratio to backpropagation of the same VGG in
-the same run, memory as saved bytes.
+"""What a step of co-activation patterns costs: time as a ratio to backpropagation of the same
+VGG in the same run, memory as saved bytes.
 
-VGG16 at a quarter of the paper's width, batch 128, 32 × 32 pixels, no dropout, channels last. Bounds
-(issue of chapter 40): Algorithm 1 by autograd ≤ 0.95 × the time of a backpropagation step,
+VGG16 at a quarter of the paper's width, batch 128, 32 × 32 pixels, no dropout, channels last.
+Bounds (issue of chapter 40): Algorithm 1 by autograd ≤ 0.95 × the time of a backpropagation step,
 `local_backward` ≤ 1.30 ×, with kept graphs ≤ 1.15 ×; peak saved bytes of VGG19 ≤ 1.05 × VGG11's, of
 VGG16 ≤ 0.17 × backpropagation's. The peer is `torch.utils.checkpoint` around every block of the
 backpropagation network.
