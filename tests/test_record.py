@@ -316,7 +316,7 @@ def test_a_digest_changes_with_the_code_that_is_called_and_with_no_other(package
         assert after(module, function, "# nothing") == before
         changed = after(module, function, "extra = 1")
         assert not set(changed) & set(before), (module, function)
-    for module, function in [("caps", "CAPs"), ("evaluation", "holm"), ("files", "locked"),
+    for module, function in [("caps", "CAPs"), ("statistics", "holm"), ("files", "locked"),
                              ("plots", "image_grid"), ("records", "mark")]:
         assert after(module, function, "extra = 1") == before, (module, function)
 

@@ -266,6 +266,7 @@ parts = [None] * world
 distributed.all_gather_object(parts, mine)
 if rank == 0:
     print(json.dumps(parts))
+distributed.barrier()  # nobody leaves while another still hears from it
 distributed.destroy_process_group()
 """
 
