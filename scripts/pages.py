@@ -99,6 +99,14 @@ class Page:
             "</figcaption>") if caption or name else ""
         return self.raw(start) + inside + text + self.raw("</figure>")
 
+    def table(self, options: dict, inside: str) -> str:
+        """The tables of a cell; its caption and number stand with the first of them."""
+        label = str(options.get("label", ""))
+        if label in self.numbers:
+            return inside
+        return self.figure(label if label.startswith("tbl") else "", str(options["tbl-cap"]),
+                           inside, "table")
+
     # -------- markdown cells
 
     def markdown(self, source: str) -> str:
@@ -187,10 +195,13 @@ class Page:
                 moving = "<script" in page or "<img" in page or "<svg" in page
                 if moving and (options.get("label") or options.get("fig-cap")):
                     shown += self.raw(page)
+                elif options.get("tbl-cap") and "<table" in page:
+                    text += self.table(options, self.raw(f'<div class="scroll">{page}</div>'))
                 else:
                     text += self.raw(f'<div class="scroll">{page}</div>')
             elif "text/markdown" in data:
-                text += "\n\n" + self.markdown(joined(data["text/markdown"])) + "\n\n"
+                page = "\n\n" + self.markdown(joined(data["text/markdown"])) + "\n\n"
+                text += self.table(options, page) if options.get("tbl-cap") else page
             elif "text/latex" in data:
                 text += "\n\n" + joined(data["text/latex"]) + "\n\n"
             elif "text/plain" in data:
