@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from feedback_nb.cost import _peak_bytes
+from feedback_nb.cost import peak_bytes
 from feedback_nb.fftnet import FNetMixer, SpectralMixer, attention
 
 FLOOR, CROSSOVER = 2.0, 384  # the bounds
@@ -190,7 +190,7 @@ def sweep(args):
             row = {"model": name, "n": n, "parameters": sum(p.numel() for p in model.parameters())}
             row |= {f"{what}_ms": 1e3 * statistics.median(t[name]) for what, t in times.items()}
             row["peak_mb"] = (
-                _peak_bytes(lambda model=model, x=x: training(model, x), x.device) / 1e6
+                peak_bytes(lambda model=model, x=x: training(model, x), x.device) / 1e6
             )
             rows.append(row)
     return rows

@@ -2,9 +2,7 @@
 
 One more step of a loop should cost one more plain pass of what it runs again, and one pass's bytes.
 The slope of each line is told in plain passes of the same network in the same run: (time of T) ≈
-a + b·T gives b / (time of one plain pass), and so for the bytes that autograd keeps. The feedback
-U-Net that computes its steps again in the backward pass, and the literal CBL, must not grow in
-bytes by more than the share of their state.
+a + b·T gives b / (time of one plain pass), and so for the bytes that autograd keeps.
 """
 
 import argparse
@@ -18,7 +16,7 @@ from _shared import looped, plain, record, show
 from torch import nn
 
 from feedback_nb.cbl import CBL
-from feedback_nb.cost import _default_loss, _saved_bytes
+from feedback_nb.cost import _default_loss, saved_bytes
 from feedback_nb.lrm import LRM
 from feedback_nb.networks import cnn
 from feedback_nb.unet import FeedbackUNet, UNet
@@ -72,8 +70,8 @@ def grow(name, net, make, x, y, args):
             if number:  # the first round warms up
                 times[t].append(spent)
     middle = {t: statistics.median(found) for t, found in times.items()}
-    kept = {t: _saved_bytes(model, x, _default_loss) for t, model in loops.items()}
-    one = _saved_bytes(net, x, _default_loss)
+    kept = {t: saved_bytes(model, x, _default_loss) for t, model in loops.items()}
+    one = saved_bytes(net, x, _default_loss)
     slope = lambda values: float(np.polyfit(TIMES, [values[t] for t in TIMES], 1)[0])
     shared = {"network": name, "batch": len(x), "T": list(TIMES)}
     yield {**shared, "measured": "time", "times a plain pass, per step": slope(middle)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 # %% auto #0
-__all__ = ['multiply_adds', 'cost']
+__all__ = ['MultiplyAdds', 'multiply_adds', 'peak_bytes', 'saved_bytes', 'cost']
 
 # %% ../nbs/08_cost.ipynb #8ba49de1
 #| code-fold: true
@@ -54,14 +54,14 @@ _UNCOUNTED = {  # by PyTorch: shapes -> FLOPs, 2 for a multiply-add
     _aten._trilinear: _trilinear}
 
 
-class _Counter(TorchDispatchMode):
-    """Adds up FLOPs, also where a step takes a gradient (there FlopCounterMode fails)."""
+class MultiplyAdds(TorchDispatchMode):
+    """`with MultiplyAdds() as counted:` counts in `.total`, gradients taken in the block too."""
 
     def __init__(self):
         from torch.utils.flop_counter import flop_registry, shape_wrapper
 
         super().__init__()
-        self.total = 0
+        self.flops = 0  # 2 for a multiply-add; FlopCounterMode fails where a step takes a gradient
         self.known = {**flop_registry, **{op: shape_wrapper(f) for op, f in _UNCOUNTED.items()}}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -73,14 +73,18 @@ class _Counter(TorchDispatchMode):
                 return out
         out = func(*args, **kwargs)
         if op in self.known:
-            self.total += self.known[op](*args, **kwargs, out_val=out)
+            self.flops += self.known[op](*args, **kwargs, out_val=out)
         return out
+
+    @property
+    def total(self) -> int:
+        return self.flops // 2
 
 
 def _count(net: nn.Module, example, options: dict) -> int:
-    with _Counter() as counter, torch.no_grad():
+    with MultiplyAdds() as counted, torch.no_grad():
         net.eval()(example, **options)
-    return counter.total // 2
+    return counted.total
 
 
 def multiply_adds(
@@ -135,7 +139,7 @@ def _storages(tree: Any) -> list[torch.UntypedStorage]:
     return [t.untyped_storage() for t in tree_leaves(tree) if torch.is_tensor(t)]
 
 
-def _peak_bytes(step: Callable, device: torch.device) -> int:
+def peak_bytes(step: Callable, device: torch.device) -> int:
     """What a training step needs at most beyond what was there: on a GPU, as its allocator says."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -149,7 +153,7 @@ def _peak_bytes(step: Callable, device: torch.device) -> int:
     return live.peak
 
 
-def _saved_bytes(model: nn.Module, x, loss: Callable) -> float:
+def saved_bytes(model: nn.Module, x, loss: Callable) -> float:
     """Bytes kept for the backward pass, each storage once; not the weights and the input."""
     known = _storages((list(model.parameters()), list(model.buffers()), x))
     own, saved = {storage.data_ptr() for storage in known}, {}
@@ -242,8 +246,8 @@ def _static_cost(model: nn.Module, x, loss: Callable, train: bool) -> dict:
         step = _training_step(model, x, loss)
         step()  # once before, so that what is made on first use is there
         model.zero_grad(set_to_none=True)
-        row |= {"saved_mb": _saved_bytes(model, x, loss) / 1e6,
-                "peak_mb": _peak_bytes(step, batch.device) / 1e6}
+        row |= {"saved_mb": saved_bytes(model, x, loss) / 1e6,
+                "peak_mb": peak_bytes(step, batch.device) / 1e6}
     return row
 
 # %% ../nbs/08_cost.ipynb #284a1c1d

@@ -22,8 +22,8 @@ from .lrm import LRM
 from .networks import cnn
 from .peers import DEQ, ForwardForward, LocalRecurrence
 from .predictive import PCClassifier, PCNet
-from .predictive_unet import PCUNet, SettlingUNet
-from .unet import FeedbackUNet, UNet
+from .predictive_unet import PCUNet
+from .unet import FeedbackUNet, SettlingUNet, UNet
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -165,7 +165,7 @@ REGISTRY = {
     "U-Net": Entry(_unet, "20", **_PLAIN, **_MASKS),
     "feedback U-Net": Entry(_of(FeedbackUNet), "20", **_BLANK, **_MASKS),
     "PC U-Net": Entry(_of(PCUNet), "26", **_MASKS, **_LOCAL),
-    "settling U-Net": Entry(_of(SettlingUNet), "26", **_BLANK, **_MASKS, **_LOCAL),
+    "settling U-Net": Entry(_of(SettlingUNet), "20", **_BLANK, **_MASKS, **_LOCAL),
     "CBL U-Net": Entry(_cbl_unet, "10", **_MASKS),
 }
 

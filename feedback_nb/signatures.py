@@ -19,14 +19,11 @@ from torch import nn
 from .checks import need_equal, need_known, need_number
 from .evaluation import class_moments
 from .feedback import FeedbackModel
+from .layers import device_of
 from .replay import at_rest, edit, find_layers, wrapped
 from .training import batches, kept_random_state
 
 # %% ../nbs/37_signatures.ipynb #bfabdbeb
-def _device(model):
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
-
-
 def _passes(model, x, steps, steer):
     """The output of every pass, one after the other."""
     loops = isinstance(model, FeedbackModel)
@@ -124,7 +121,7 @@ def moments(
     sets = (data, getattr(data, "dataset", None))
     own = [names for names in (getattr(part, "classes", None) for part in sets) if names]
     names = classes if classes is not None else next(iter(own), None)
-    device, sums, eps = _device(model), {layer: {} for layer in layers}, {}
+    device, sums, eps = device_of(model), {layer: {} for layer in layers}, {}
     with kept_random_state(device):  # reading data seeds the generators
         for _, _, (x, y) in batches(data, batch_size):
             x = x.to(device) if prepare is None else prepare(x.to(device))
@@ -223,7 +220,7 @@ def signature(
     batch_size: int = 128,  # does not change the result
 ) -> dict[str, torch.Tensor]:  # {layer: (thoughts, groups, T+1, n)}; NaN for a group of no units
     """Mean response of groups of units to every image, in every pass, under every thought."""
-    layers, device = list(dict.fromkeys(k for g in groups.values() for k in g)), _device(model)
+    layers, device = list(dict.fromkeys(k for g in groups.values() for k in g)), device_of(model)
     found = {layer: [[] for _ in thoughts] for layer in layers}
     for rows in torch.arange(len(x)).split(batch_size):
         part = x[rows.to(x.device)].to(device)

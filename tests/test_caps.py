@@ -18,7 +18,7 @@ from feedback_nb import caps
 from feedback_nb.caps import RULES, CAPs, local_backward, mlp, orthogonality, pooled
 from feedback_nb.caps import pooling_grid, recalibrate, sparsity, switch_rule, vgg
 from feedback_nb.data import load
-from feedback_nb.cost import _peak_bytes, _saved_bytes
+from feedback_nb.cost import peak_bytes, saved_bytes
 from feedback_nb.evaluation import compare
 from feedback_nb.training import evaluate, fit
 
@@ -304,7 +304,7 @@ def alive(step, n=16):
     model = vgg(11, multiplier=1 / 4, width=256).to(memory_format=torch.channels_last)
     x, y = batch(n, size=32)
     x = x.contiguous(memory_format=torch.channels_last)
-    return _peak_bytes(lambda: step(model, x, y), x.device)
+    return peak_bytes(lambda: step(model, x, y), x.device)
 
 
 def test_a_budget_keeps_what_fits_and_no_more():
@@ -334,7 +334,7 @@ def test_counting_saved_bytes_lets_go_of_the_graph():
     net = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
     net.register_forward_hook(lambda module, args, out: alive.append(
         torch.multiprocessing.reductions.StorageWeakRef(out.untyped_storage())))
-    assert _saved_bytes(net, x, lambda model, x: model(x).sum()) > 0
+    assert saved_bytes(net, x, lambda model, x: model(x).sum()) > 0
     assert alive[0].expired()  # a hook that hands back the tensor itself would hold it for ever
 
 
