@@ -166,7 +166,7 @@ def test_figures_have_caption_number_and_text(book):
 
 def test_tables_have_caption_number_and_words(book):
     table = page(book / "first.html").find("figure", class_="table")
-    assert table.figcaption.get_text() == "Table 1: One seed & no more."
+    assert table.figcaption.get_text(strip=True) == "Table 1: One seed & no more."
     text = table.table.get_text(" ", strip=True)
     assert "p (Holm)" in text and "–" in text and "NaN" not in text
     assert table["id"].startswith("tbl")
