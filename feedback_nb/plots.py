@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # %% auto #0
-__all__ = ['COLORS', 'MARKERS', 'LINES', 'use_style', 'curves', 'learning_curves', 'pca_trajectory', 'image_grid', 'beside_paper',
-           'animate', 'sliders']
+__all__ = ['COLORS', 'MARKERS', 'LINES', 'SORTER', 'use_style', 'curves', 'learning_curves', 'pca_trajectory', 'image_grid',
+           'beside_paper', 'sortable', 'animate', 'sliders']
 
 # %% ../nbs/05_plots.ipynb #e20ba8cf
 _all_ = ["animate", "sliders"]  # they are imported from here
@@ -296,3 +296,38 @@ def beside_paper(
         table[what] = ["not given" if paper is None else str(paper), here, n, source]
     columns = ["paper", "here", "n seeds", "source"]
     return pd.DataFrame.from_dict(table, orient="index", columns=columns)
+
+# %% ../nbs/05_plots.ipynb #5f3ab602
+#| code-fold: true
+#| code-summary: "sortable"
+SORTER = """<style>
+.sortable th button { font: inherit; font-weight: 600; color: inherit; background: none; border: 0;
+  padding: 0; text-align: left; cursor: pointer; text-decoration: underline dotted; }
+.sortable th[aria-sort="ascending"] button::after { content: " ▲"; }
+.sortable th[aria-sort="descending"] button::after { content: " ▼"; }
+</style>
+<script>
+for (const table of document.querySelectorAll("table.sortable:not([data-ready])")) {
+  table.dataset.ready = 1;
+  const heads = [...table.tHead.rows[0].cells], body = table.tBodies[0];
+  heads.forEach((head, i) => {
+    const button = document.createElement("button"), text = row => row.cells[i].textContent.trim();
+    button.type = "button";
+    button.textContent = head.textContent || "row";
+    button.onclick = () => {
+      const down = head.getAttribute("aria-sort") === "ascending";
+      const rows = [...body.rows].sort((a, b) => parseFloat(text(a)) - parseFloat(text(b))
+        || text(a).localeCompare(text(b)));
+      body.append(...(down ? rows.reverse() : rows));
+      heads.forEach(other => other.setAttribute("aria-sort", "none"));
+      head.setAttribute("aria-sort", down ? "descending" : "ascending");
+    };
+    head.replaceChildren(button);
+  });
+}
+</script>"""
+
+
+def sortable(table: DataFrame) -> str:  # HTML
+    """A table whose rows a click on a head sorts: by number where there are numbers."""
+    return table.to_html(classes="sortable", border=0) + SORTER

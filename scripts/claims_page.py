@@ -104,6 +104,8 @@ def notebook(root: Path, data: dict, verdicts: list[str]) -> str:
     from execnb.nbio import nb2str
     from fastcore.xtras import loads
 
+    from feedback_nb.plots import SORTER
+
     papers, claims = data["papers"], data["claims"]
     counts = [f"{v} {sum(c['verdict'] == v for c in claims)}" for v in verdicts]
     template = Path(__file__).with_name("claims_page.html").read_text(encoding="utf-8")
@@ -111,7 +113,7 @@ def notebook(root: Path, data: dict, verdicts: list[str]) -> str:
     option = lambda value, text: f'<option value="{value}">{text}</option>'
     fill = {"rows": "\n".join(row(root, claim, papers) for claim in claims),
             "papers": "".join(option(key, p["short"]) for key, p in papers.items()),
-            "verdicts": "".join(option(v, v) for v in verdicts),
+            "verdicts": "".join(option(v, v) for v in verdicts), "sorter": SORTER,
             "gone": "\n".join(taken_back(root, claim) for claim in data["withdrawn"])}
     for key, text in fill.items():
         table, gone = (part.replace(f"${key}", text) for part in (table, gone))
