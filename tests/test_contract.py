@@ -167,6 +167,20 @@ def test_compiles_in_one_graph(kind):
             compiled(X)
 
 
+@loops
+def test_a_trajectory_is_one_graph_and_compiled_once_for_the_same_steps(kind):
+    model = build(kind).eval()
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    run = torch.compile(model.trajectory, backend=counter, fullgraph=True)
+    with torch.no_grad():
+        for x in (X, X.flip(0), X / 2):
+            assert_close(run(x, steps=2).output, model(x), atol=1e-5, rtol=1e-4)
+        assert counter.frame_count == 1
+        run(X, steps=1)
+    assert counter.frame_count == 2  # another number of steps is another graph
+
+
 @every
 def test_runs_under_autocast(kind):
     model = one_step(kind)
