@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import need_equal, need_known, need_number
-from .feedback import FeedbackModel, State
+from .feedback import FeedbackModel, State, _no_numbers
 from .fixed_points import lipschitz
 
 # %% ../nbs/25_predictive.ipynb #cee134e7
@@ -44,8 +44,8 @@ def _need_layers(layers, example):
     for i, layer in enumerate(layers):
         for part in layer.modules():
             what = f"layer {i}: {type(part).__name__} is no fixed function of one example"
-            moody = nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd
-            _need(not isinstance(part, moody), f"{what}; use GroupNorm, or leave it out")
+            varying = nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd
+            _need(not isinstance(part, varying), f"{what}; use GroupNorm, or leave it out")
         shape, version = _shape(h), h._version
         try:
             with torch.no_grad():
@@ -53,8 +53,7 @@ def _need_layers(layers, example):
         except (RuntimeError, ValueError, IndexError) as error:
             what = f"layer {i} ({type(layer).__name__})"
             raise ValueError(f"{what} does not take {shape}, {h.dtype}: fit its sizes") from error
-        _need(h._version == version,
-              f"layer {i} writes into its input; build it with inplace=False")
+        _need(h._version == version, f"layer {i} writes into its input; use inplace=False")
         _need(torch.is_tensor(new), f"layer {i} returns {_shape(new)}; it must return one tensor")
         h = new
     return layers
@@ -75,8 +74,7 @@ def one_hot_like(
     """Labels as one-hot, a target as it is; ValueError unless it has the shape of the answer."""
     if torch.is_tensor(target) and not target.is_floating_point() and target.dim() == y.dim() - 1:
         target = F.one_hot(target.long(), y.shape[1]).movedim(-1, 1).to(y.dtype)
-    _need(_shape(target) == _shape(y),
-          f"the target must be labels or {_shape(y)}, got {_shape(target)}")
+    need_equal(_shape(target), _shape(y), "shape of the target")
     return target
 
 # %% ../nbs/25_predictive.ipynb #75d7bf6f
@@ -94,7 +92,7 @@ class EnergyModel(FeedbackModel):
         step_size: float = 0.1,  # γ; below `bound` the energy falls
         tol: float | None = None,  # as for `FeedbackModel`
         check_finite: bool = True,  # as for `FeedbackModel`
-        check_step: bool = True,  # warn `StepTooLarge`
+        check_step: bool = True,  # warn `StepTooLarge`, once for each step size
         learning: str = "settled",  # gradients when "settled", or their mean at "every step"
     ):
         super().__init__(steps, tol, check_finite)
@@ -116,7 +114,7 @@ class EnergyModel(FeedbackModel):
         return sum(self.terms(x, state.h, state.memo)[0].values())
 
     def gradient(self, x, state: State) -> dict:  # node -> ∂E/∂h, as the nodes
-        """The direction in which inference does not go."""
+        """∂E/∂h; inference steps against it."""
         total = lambda h: self.energy(x, state._replace(h=h))
         return torch.func.grad(lambda h: total(h).sum())(state.h)
 
@@ -143,8 +141,18 @@ class EnergyModel(FeedbackModel):
         if self.step_size > bound:
             self._warned = self.step_size
             words = f"{type(self).__name__}: step_size {self.step_size:g} is above {bound:.3g}"
-            warnings.warn(f"{words}, so the energy may rise; take a smaller one", StepTooLarge,
-                          stacklevel=3)
+            warnings.warn(f"{words}: the energy may rise", StepTooLarge, stacklevel=4)
+
+    def _hold_once(self, x, state=None):
+        """The first batch with each step size is held against the bound."""
+        if self.check_step and self._checked != self.step_size and not _no_numbers(x):
+            state = next(self.states(x)) if state is None else state
+            self._hold_step(self.bound(x, state, iters=20))
+
+    def trajectory(self, x, **options):
+        """As for `FeedbackModel`; the first with a step size above the bound warns."""
+        self._hold_once(x)
+        return super().trajectory(x, **options)
 
     def _walk(self, x, target, steps, context, each=None):
         """First and last state of T steps without a graph, and E of the first; warns of a rise."""
@@ -184,8 +192,7 @@ class EnergyModel(FeedbackModel):
         first, last, energy = self._walk(x, y, None, context, each)
         if not every:
             self.learn(x, last)
-        if self.check_step and self._checked != self.step_size:
-            self._hold_step(self.bound(x, first, iters=20))
+        self._hold_once(x, first)
         return energy
 
 # %% ../nbs/25_predictive.ipynb #cb11c248
@@ -240,14 +247,10 @@ class PCNet(EnergyModel):
 
     def _costs(self, errors):
         """The energy of the error of each free node."""
-        terms, free = {}, callable(self.prior)
-        for name, error in errors.items():
-            i = int(name[1:])
-            if i:
-                terms[f"layer {i}"] = self.precision[i - 1] * half_square(error)
-            else:
-                terms["prior"] = self.prior(error) if free else self.prior * half_square(error)
-        return terms
+        free, precisions = callable(self.prior), (self.prior, *self.precision)
+        sizes = {name: self.prior(error) if free and name == "h0" else
+                 precisions[int(name[1:])] * half_square(error) for name, error in errors.items()}
+        return {f"layer {k[1:]}" if k != "h0" else "prior": size for k, size in sizes.items()}
 
     def _cost_of(self, y, memo):
         """The energy of the error of the answer, where the target is known."""
@@ -312,6 +315,7 @@ def incremental_step(
     _need(y is not None, "training needs a target: call incremental_step(model, optimizer, x, y)")
     with torch.no_grad():
         state = next(model.states(x, target=y))
+        model._hold_once(x, state)
         energy = model.energy(x, state).mean()
     # the weights will move, so nothing of the plain pass is kept
     state = state._replace(memo={name: v for name, v in state.memo.items() if name != "first"})

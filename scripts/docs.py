@@ -4,8 +4,6 @@
 """
 from __future__ import annotations
 
-import base64
-import io
 import json
 import re
 import shutil
@@ -16,6 +14,7 @@ from pathlib import Path
 
 import nbdev.serve
 import names
+import small
 import yaml
 from documented import ShowSource
 from nbdev.config import get_config
@@ -39,18 +38,6 @@ REQUIRE = re.compile(r'<script src="https://cdn\.jsdelivr\.net/npm/(?:requirejs|
 
 # ---------------------------------------------------------------- before Quarto
 
-def smaller(match: re.Match) -> str:
-    """A PNG inside a page as WebP without loss, where that is smaller."""
-    from PIL import Image
-
-    png = base64.b64decode(match[1])
-    buffer = io.BytesIO()
-    Image.open(io.BytesIO(png)).save(buffer, "WEBP", lossless=True, method=4)
-    if buffer.tell() >= len(png):
-        return match[0]
-    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
 def finish(path: Path, site: str) -> None:
     """A processed notebook: its number in its title, links within the site, small pictures."""
     notebook = json.loads(path.read_text(encoding="utf-8"))
@@ -69,7 +56,7 @@ def finish(path: Path, site: str) -> None:
         for output in cell.get("outputs", []):
             data = output.get("data", {})
             if "text/html" in data:
-                text = re.sub(r"data:image/png;base64,([A-Za-z0-9+/=]{1000,})", smaller,
+                text = re.sub(r"data:image/png;base64,([A-Za-z0-9+/=]{1000,})", small.inline,
                               "".join(data["text/html"]))
                 data["text/html"] = text.splitlines(keepends=True)
     path.write_text(json.dumps(notebook, ensure_ascii=False), encoding="utf-8")
@@ -94,12 +81,13 @@ def more_pages(processed: Path) -> None:
 
 # ---------------------------------------------------------------- after Quarto
 
-def mend(page: Path, cfg: dict[str, str]) -> None:
-    """No other host; `Edit` opens an editor that shows a notebook as one."""
+def mend(page: Path, cfg: dict[str, str], figures: dict[str, str]) -> None:
+    """No other host; `Edit` opens an editor that shows a notebook as one; small."""
     text = REQUIRE.sub("", page.read_text(encoding="utf-8"))
     text = text.replace(f"{cfg['git_url']}/edit/{cfg['branch']}/",
                         cfg["git_url"].replace("//github.com", "//github.dev")
                         + f"/blob/{cfg['branch']}/")
+    text = re.sub(r'(?<=src=")[^"]+', lambda m: figures.get(m[0], m[0]), small.slim(page, text))
     page.write_text(text, encoding="utf-8")
 
 
@@ -123,12 +111,17 @@ def main() -> int:
     if done.returncode:
         return done.returncode
     made, docs = processed / get_config().doc_path.name, ROOT / get_config().doc_path.name
+    figures = small.figures(made)
     for page in made.glob("*.html"):
-        mend(page, cfg)
+        mend(page, cfg, figures)
+    small.shorter_search(made)
+    faults = small.too_large(made)
     shutil.rmtree(docs, ignore_errors=True)
     shutil.move(made, docs)
     print(f"The site is in {docs.relative_to(ROOT)}/index.html.")
-    return 0
+    for fault in faults:
+        print(f"FAULT: {fault}")
+    return int(bool(faults))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 from __future__ import annotations
 
 import ast
+import html
 import re
 
+import yaml
 from execnb.nbio import mk_cell
 from nbdev.processors import FilterDefaults
 
@@ -21,10 +23,24 @@ HEADS = {
     "peak_mb_ratio": "peak MB, ratio", "train_ms_ratio": "time of a training step, ratio",
     "forward_ms_ratio": "time forward, ratio", "train_loss": "training loss",
     "valid_loss": "validation loss", "train_accuracy": "training accuracy",
-    "valid_accuracy": "validation accuracy", "crossed_interval": "crossed interval",
+    "valid_accuracy": "validation accuracy",
     "accuracy_0": "accuracy, t = 0", "accuracy_1": "accuracy, t = 1",
     "accuracy_2": "accuracy, t = 2", "gaussian_blur": "Gaussian blur", "fgsm_area": "area, FGSM",
-    "pgd_area": "area, PGD"}
+    "pgd_area": "area, PGD", "detectable": "smallest to be found",
+    "smallest visible": "smallest to be found", "could see": "smallest to be found",
+    "within": "surely less than", "r": "correlation of pairs", "ece": "calibration error",
+    "brier": "Brier score", "pgd": "PGD", "fgsm": "FGSM", "bp": "backpropagation",
+    "caps": "CAPs", "full": "CAPs-full", "mflops": "MFLOPs", "lr": "learning rate",
+    "sigma": "σ", "epsilon": "ε", "crossed_interval": "seeds and examples", "iou": "IoU",
+    "low": "95 % from", "high": "95 % to", "own_backward": "backward pass of its own",
+    "any_size": "any size", "double_backward": "second derivatives", "fullgraph": "compiles whole",
+    "f1@1": "F1, σ = 1", "f1@2": "F1, σ = 2", "collapsed@1": "collapsed, σ = 1",
+    "collapsed@2": "collapsed, σ = 2", "f1@1 as in training": "F1, σ = 1, as in training",
+    "f1@2 as in training": "F1, σ = 2, as in training", "dice@0": "Dice", "iou@0": "IoU",
+    "boundary@0": "F1 of the boundary", "ece@0": "calibration error",
+    "dice@0.1": "Dice, σ = 0.1", "picard": "plain steps", "anderson": "Anderson"}
+CELLS = {"NaN": "–", "nan": "–", "None": "–", "NaT": "–", "&lt;NA&gt;": "–", "inf": "∞",
+         "True": "yes", "False": "no"}
 
 
 class ShowSource(FilterDefaults):
@@ -35,9 +51,9 @@ class ShowSource(FilterDefaults):
         for cell in nb.cells:
             if cell.cell_type == "code":
                 names = exported_names(cell.source)
-                cell.source = show_source(cell.source)
+                cell.source, caption = captioned(show_source(cell.source), cell.get("id", ""))
                 for output in cell.get("outputs", []):
-                    readable(output.get("data", {}))
+                    readable(output.get("data", {}), caption)
                 if names and not re.search(r"^#\|\s*hide\b", cell.source, flags=re.M):
                     cells.append(mk_cell("".join(f"[]{{#{name.lower()} .exported}}"
                                                  for name in names), "markdown"))
@@ -54,6 +70,18 @@ class ShowSource(FilterDefaults):
 def show_source(source: str) -> str:
     """A cell flagged `export` is flagged `exports`: nbdev then shows its code."""
     return re.sub(r"^(\s*#\s*\|\s*)export(?=\s|$)", r"\1exports", source, flags=re.M)
+
+
+def captioned(source: str, name: str) -> tuple[str, str]:
+    """A cell with a caption for its table, `#| tbl-cap: …`, and the label that numbers it. Below a
+    labelled figure, which Quarto counts, the table itself gets the caption, the second value."""
+    caption = re.search(r"^#\|\s*tbl-cap:\s*(.+)\n?", source, flags=re.M)
+    label = re.search(r"^#\|\s*label:\s*(\w+)", source, flags=re.M)
+    if not caption or label and label[1] == "tbl":
+        return source, ""
+    if label:
+        return source.replace(caption[0], ""), yaml.safe_load(caption[1])
+    return f"#| label: tbl-{name}\n{source}", ""
 
 
 def parsed(source: str) -> list[ast.stmt]:
@@ -115,11 +143,17 @@ def badges(source: str) -> str:
     return re.sub(r"!\[([^\]]*)\]\(https?://[^)\s]*badge[^)\s]*\)", r"\1", source)
 
 
-def readable(data: dict) -> None:
+def readable(data: dict, caption: str = "") -> None:
     """Tables in words: no column named like a variable, a dash where there is no number."""
     if "text/html" not in data or "<table" not in (
             text := "".join(data["text/html"])) or "<script" in text:
         return
     text = re.sub(r"(<th[^>]*>)([^<]*)(</th>)",
                   lambda m: m[1] + HEADS.get(m[2].strip(), m[2]) + m[3], text)
-    data["text/html"] = re.sub(r"(<td[^>]*>)\s*(?:NaN|nan|None|NaT)\s*(</td>)", r"\1–\2", text)
+    text = re.sub(r"<th>\s*</th>", "<td></td>", text)  # a head without words is none
+    if caption:
+        text = re.sub(r"(<table[^>]*>)", rf"\1<caption>{html.escape(caption)}</caption>", text,
+                      count=1)
+    data["text/html"] = re.sub(
+        r"(<td[^>]*>)([^<]*)(</td>)",
+        lambda m: m[1] + CELLS.get(m[2].strip(), m[2]) + m[3], text)

@@ -5,6 +5,8 @@ import re
 from configparser import ConfigParser
 from pathlib import Path
 
+import yaml
+
 
 def notebooks(root: Path) -> list[Path]:
     """The chapters in the order of their numbers, the index first."""
@@ -28,3 +30,20 @@ def directives(source: str) -> dict[str, str]:
         elif line.strip():
             break
     return found
+
+
+def split(source: str) -> tuple[dict, str]:
+    """Quarto's options at the top of a cell, and the code below them."""
+    lines, options = source.splitlines(), []
+    while lines and (not lines[0].strip() or re.match(r"\s*#\s*\|", lines[0])):
+        line = re.sub(r"^\s*#\s*\|\s?", "", lines.pop(0))
+        if re.match(r"[\w-]+\s*:", line):
+            options.append(line)
+    found = {}
+    for line in options:
+        try:
+            found |= yaml.safe_load(line) or {}
+        except yaml.YAMLError:
+            name, _, value = line.partition(":")
+            found[name.strip()] = value.strip()
+    return found, "\n".join(lines)

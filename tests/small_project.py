@@ -76,7 +76,8 @@ FIRST = [
                                         "text/plain": "<HTML>"}, execution_count=None)),
     shown(
         "from feedback_nb.plots import animate\nfig, ax = plt.subplots(figsize=(2, 1))\nanimate(fig, lambda t: ax.plot([0, t + 1]), 3, interval=20, alt=\"Growing.\")", text("<HTML>")),
-    shown("pd.DataFrame({\"seed\": [1], \"accuracy\": [0.5]})",
+    shown("#| tbl-cap: \"One seed & no more.\"\npd.DataFrame({\"p_holm\": [float(\"nan\")], "
+          "\"accuracy\": [0.5]})",
           new_output("execute_result",
                      {"text/html": "<table class='dataframe'><tr><td>0.5</td></tr></table>",
                       "text/plain": "0.5"}, execution_count=None)),

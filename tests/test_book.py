@@ -164,6 +164,14 @@ def test_figures_have_caption_number_and_text(book):
     assert soup.find(id="eq-step").get_text(strip=True).endswith("(1)")
 
 
+def test_tables_have_caption_number_and_words(book):
+    table = page(book / "first.html").find("figure", class_="table")
+    assert table.figcaption.get_text(strip=True) == "Table 1: One seed & no more."
+    text = table.table.get_text(" ", strip=True)
+    assert "p (Holm)" in text and "–" in text and "NaN" not in text
+    assert table["id"].startswith("tbl")
+
+
 def test_formulas_are_mathml_and_code_and_prices_are_not(book):
     soup = page(book / "first.html")
     assert soup.find("mfrac") and soup.find("math", display="block")

@@ -24,8 +24,8 @@ import matplotlib
 matplotlib.use("Agg")
 sys.modules["google.colab"] = types.ModuleType("google.colab")
 sys.modules.setdefault("google", types.ModuleType("google")).colab = sys.modules["google.colab"]
-asked = []
-get_ipython().system = asked.append"""
+asked_of_pip = []
+get_ipython().system = asked_of_pip.append"""
 
 
 def cells(name: str) -> list[str]:
@@ -72,7 +72,7 @@ def run_alone(name: str, installed, folder) -> None:
     notebook.cells = [c for c in notebook.cells if not skipped.search(c.source)]
     notebook.cells.insert(0, nbformat.v4.new_code_cell(COLAB))
     notebook.cells.append(nbformat.v4.new_code_cell(
-        "import feedback_nb; print(feedback_nb.__file__); print(json.dumps(asked))"))
+        "import feedback_nb; print(feedback_nb.__file__); print(json.dumps(asked_of_pip))"))
     before = dict(os.environ)
     os.environ |= {"PYTHONPATH": str(installed), "FEEDBACK_NB_DATA": str(folder / "data"),
                    "IPYTHONDIR": str(folder / "ipython"), "OMP_NUM_THREADS": "1",

@@ -519,3 +519,20 @@ def test_the_settling_unet_trains_at_its_fixed_point():
                   batch_size=5, progress=False)
     assert history.rows[-1]["train_loss"] < history.rows[0]["train_loss"]
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_a_call_and_ipc_warn_once_of_a_step_above_the_bound():
+    torch.manual_seed(0)
+    net, x = PCUNet(1, channels=(4, 6), steps=2, step_size=1.5), torch.rand(2, 1, 8, 8)
+    with pytest.warns(StepTooLarge, match="1.5 is above"):
+        net(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        net(x)
+        net.step_size = 1e-3  # below the bound
+        net(x)
+    stack = PCNet([nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)], example=torch.rand(1, 4),
+                  steps=2, step_size=5.0)
+    optimizer = torch.optim.SGD(stack.parameters(), lr=1e-6)
+    with pytest.warns(StepTooLarge, match="PCNet: step_size 5 is above"):
+        incremental_step(stack, optimizer, torch.rand(3, 4), torch.rand(3, 2))
