@@ -139,10 +139,10 @@ class Page:
             elif "text/html" in data:
                 page = joined(data["text/html"])
                 moving = "<script" in page or "<img" in page or "<svg" in page
-                if moving and (options.get("label") or options.get("fig-cap")):
-                    shown += self.raw(page)
-                elif options.get("tbl-cap") and "<table" in page:
+                if options.get("tbl-cap") and "<table" in page:
                     text += self.table(options, self.raw(f'<div class="scroll">{page}</div>'))
+                elif moving and (options.get("label") or options.get("fig-cap")):
+                    shown += self.raw(page)
                 else:
                     text += self.raw(f'<div class="scroll">{page}</div>')
             elif "text/markdown" in data:

@@ -146,7 +146,7 @@ def badges(source: str) -> str:
 def readable(data: dict, caption: str = "") -> None:
     """Tables in words: no column named like a variable, a dash where there is no number."""
     if "text/html" not in data or "<table" not in (
-            text := "".join(data["text/html"])) or "<script" in text:
+            text := "".join(data["text/html"])) or "<script" in text and "dataframe" not in text:
         return
     text = re.sub(r"(<th[^>]*>)([^<]*)(</th>)",
                   lambda m: m[1] + HEADS.get(m[2].strip(), m[2]) + m[3], text)

@@ -122,7 +122,8 @@ def searched(chapter: dict, soup) -> str:
     for each heading, with the text below it."""
     rows, title = [["", "", chapter["description"]]], f"{chapter['number']} {chapter['title']}"
     for part in soup.find_all(["h2", "h3", "p", "li", "pre", "td", "figcaption"]):
-        text = part.get_text(" ", strip=True)
+        text = " ".join(s.strip() for s in part.find_all(string=True)
+                        if s.parent.name != "annotation")
         if part.name in ("h2", "h3"):
             rows.append([part.get("id", ""), text, ""])
         elif len(rows[-1][2]) < 4000:

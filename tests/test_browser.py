@@ -153,24 +153,27 @@ def test_the_small_book(chromium, book):  # noqa: F811
 
 
 def test_the_book_is_searched_and_switched_to_dark(chromium, book):  # noqa: F811
-    address = (book / "index.html").resolve().as_uri()
-    with opened(chromium, address, 1400, color_scheme="light") as (page, errors, asked):
+    paper = "getComputedStyle(document.body).backgroundColor"
+    with served(book) as base, opened(chromium, base + "index.html", 1400,
+                                      color_scheme="light") as (page, errors, asked):
         page.fill("input[type=search]", "formula")
         page.wait_for_selector(".found a")
         links = page.eval_on_selector_all(".found a", "all => all.map(a => a.getAttribute('href'))")
         assert links[0] == "first.html#a-formula"
         page.fill("input[type=search]", "nothing like this")
         assert page.inner_text(".found") == "Nothing found."
-        paper = "getComputedStyle(document.body).backgroundColor"
         light = page.evaluate(paper)
         page.click("button.mode")
         assert page.get_attribute("button.mode", "aria-pressed") == "true"
         dark = page.evaluate(paper)
         assert dark != light
-        page.goto(address.replace("index.html", "second.html"))  # it is remembered
-        assert page.evaluate(paper) == dark
+        page.goto(base + "second.html")  # it is remembered
+        page.wait_for_function(f"{paper} === '{dark}'")
         assert not errors and not asked
+    address = (book / "index.html").resolve().as_uri()  # and as a file
     with opened(chromium, address, 390, color_scheme="dark") as (page, _, _):
+        page.fill("input[type=search]", "formula")
+        page.wait_for_selector(".found a")
         assert page.evaluate(paper) == dark
 
 

@@ -90,6 +90,14 @@ def test_tables_speak_in_words(cell, shown):
     assert data["text/html"] == f"<table><tr>{shown}</tr></table>"
 
 
+def test_a_table_that_sorts_speaks_in_words_and_a_page_of_its_own_is_left_alone():
+    table = "<table class='dataframe'><tr><td>NaN</td></tr></table><script>sort()</script>"
+    for text, same in ((table, False), (table.replace("dataframe", "claims"), True)):
+        data = {"text/html": text}
+        documented.readable(data)
+        assert (data["text/html"] == text) == same
+
+
 def test_a_table_is_numbered_unless_it_stands_below_a_figure():
     source, caption = documented.captioned('#| tbl-cap: "A & B"\nx', "ab12")
     assert source.startswith("#| label: tbl-ab12\n#| tbl-cap") and not caption
