@@ -16,7 +16,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 PARTS = [path.stem for path in sorted(HERE.glob("[a-z]*.py")) if path.stem != "predictive_jpc"]
-NAMES = "network", "motif", "training", "measured", "what", "step", "flow", "adapter", "inference"
+NAMES = ("network", "grows with", "motif", "training", "measured", "what", "step", "flow",
+         "adapter", "inference")
 
 
 def bounded(part: str, row: dict) -> dict | None:

@@ -1,4 +1,4 @@
-"""How a training step grows with the number of steps T: time and bytes kept, as fitted lines.
+"""How a training step grows with T, batch, pixels, tokens and depth: time and bytes, fitted.
 
 One more step of a loop should cost one more plain pass of what it runs again, and one pass's bytes.
 The slope of each line is told in plain passes of the same network in the same run: (time of T) ≈
@@ -15,14 +15,17 @@ import torch
 from _shared import looped, plain, record, show
 from torch import nn
 
+from feedback_nb.caps import vgg
 from feedback_nb.cbl import CBL
-from feedback_nb.cost import _default_loss, saved_bytes
+from feedback_nb.cost import _default_loss, _training_step, saved_bytes
 from feedback_nb.lrm import LRM
 from feedback_nb.networks import cnn
+from feedback_nb.registry import make
 from feedback_nb.unet import FeedbackUNet, UNet
 
 TIMES = (1, 2, 4, 8)  # T
-BOUNDS = {"time": 1.15, "bytes": 1.10}  # of a slope, in plain passes
+BOUNDS = {"time": 1.15, "bytes": 1.10}  # of a slope, in plain passes; and of an exponent
+SWEPT = "CBL", "LRM", "feedback U-Net", "CAPs", "PC network", "FFTNet"
 
 
 def models(args):
@@ -80,6 +83,43 @@ def grow(name, net, make, x, y, args):
            "plain MiB": one / 2**20, "bound": BOUNDS["bytes"]}
 
 
+def sweeps(args):
+    """(network, what grows, {size: (model, training step, input)})"""
+    def case(name, n, side, **options):
+        x = torch.rand(n, 3, side, side, device=args.device)
+        model = make(name, x, width=args.width, **options).to(args.device)
+        return model, _training_step(model.train(), x, _default_loss), x
+
+    for name in SWEPT:
+        yield name, "batch", {n: case(name, n, 32) for n in (8, 16, 32, 64)}
+        grows = "tokens" if name == "FFTNet" else "pixels"
+        sides = (16, 32, 64) if name == "FFTNet" else (16, 32, 48)
+        yield name, grows, {side**2: case(name, 16, side) for side in sides}
+    yield "FFTNet", "depth", {d: case("FFTNet", 16, 32, depth=d) for d in (2, 4, 8)}
+    x, made = torch.rand(16, 3, 32, 32, device=args.device), {}
+    for depth in (8, 11, 16, 19):
+        model = vgg(depth, multiplier=1 / 8, width=128).to(args.device)
+        made[depth] = model, _training_step(model.train(), x, _default_loss), x
+    yield "CAPs, VGG", "depth", made
+
+
+def exponents(name, grows, made, args):
+    """Two rows: the exponents of time and of the bytes that autograd keeps."""
+    times = {size: [] for size in made}
+    for number in range(args.rounds + 1):
+        for size, (_, step, _) in made.items():
+            times[size] += [seconds(step, args.device)] * (number > 0)
+    kept = {size: saved_bytes(model, x, _default_loss) for size, (model, _, x) in made.items()}
+    middle = {size: statistics.median(found) for size, found in times.items()}
+    for measured, values in (("time", middle), ("bytes", kept)):
+        if not all(value > 0 for value in values.values()):
+            continue  # the step of a PC network takes a gradient: autograd cannot say what it keeps
+        fitted = np.polyfit(np.log(list(made)), np.log([values[size] for size in made]), 1)
+        yield {"network": name, "grows with": grows, "measured": measured,
+               "times linear growth, as exponent": float(fitted[0]), "sizes": list(made),
+               "bound": None if name == "CAPs, VGG" else BOUNDS[measured]}  # its blocks differ
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -92,6 +132,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     torch.manual_seed(0)
     rows = [row for name, kit in models(args).items() for row in grow(name, *kit, args)]
+    rows += [row for case in sweeps(args) for row in exponents(*case, args)]
     for row in rows:
         show(row)
     if args.record:

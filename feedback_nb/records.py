@@ -394,4 +394,10 @@ def at_tier(**sizes: dict) -> dict:
     tier = os.environ.get("FEEDBACK_NB_TIER", "page")
     if tier not in sizes:
         raise ValueError(f"no sizes for the tier {tier!r}; there is {', '.join(sizes)}")
-    return sizes[tier]
+    size = sizes[tier]
+    if tier == "gpu" and size.get("device") == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():  # the queue can be planned without one
+            return {**size, "device": "cpu"}
+    return size

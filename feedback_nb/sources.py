@@ -229,6 +229,7 @@ class Cell(NamedTuple):
     number: int  # of the cell in the notebook
     tier: str  # "gpu", or "cpu" for what is flagged fulldata or slow
     queue: float  # the smallest first
+    minutes: float | None  # of a run, guessed
     above: list[ast.stmt]  # what it needs
     code: list[ast.stmt]
     digest: str
@@ -261,8 +262,9 @@ def recording_cells(
         if tier == "gpu" or _flag(source, "fulldata") or _flag(source, "slow"):
             needs = needed(above, code)
             if _records(needs + code):
-                queue = float(match[1]) if (match := _flag(source, "queue")) else 100.0
-                found.append(Cell(path.stem, number, tier, queue, needs, code,
+                queue, minutes = (float(match[1]) if (match := _flag(source, name)) else other
+                                  for name, other in (("queue", 100.0), ("minutes", None)))
+                found.append(Cell(path.stem, number, tier, queue, minutes, needs, code,
                                   digest(needs + code, folder)))
         above += code
     return found

@@ -6,7 +6,8 @@
     make record ONLY='31_*/LRM/0'            chosen runs, FILE/MODEL/SEED; what is of today's
                                              code already is made again and compared
     make record CHAPTER=31 ACCEPT=1          the cheapest stale run again: do the numbers agree?
-    make record TIER=gpu MINUTES=9           the cells flagged gpu; TIER=page: a trial, kept nowhere
+    make record TIER=gpu MINUTES=9 JOBS=8    the cells flagged gpu, in the order of their `queue`;
+                                             TIER=page: the same cells in miniature, kept nowhere
 """
 from __future__ import annotations
 
@@ -86,8 +87,8 @@ def stale(root: Path) -> dict[str, int]:
 def seconds_of(lines: list[dict], model: str) -> float | None:
     """What a run of a model takes, from those that are recorded; None if nothing is known."""
     cost = {line["model"]: [] for line in lines}
-    for line in lines:
-        cost[line["model"]].append(line["row"]["wall_seconds"])
+    for line in lines:  # of a run that was resumed, wall_seconds is the last part alone
+        cost[line["model"]].append(max(line["row"]["wall_seconds"], line["row"]["train_seconds"]))
     known = cost.get(model) or [s for several in cost.values() for s in several]
     return statistics.median(known) if known else None
 
@@ -132,6 +133,8 @@ class Job:
         stamp |= {"dirty": True} if dirty.stdout else {}
         folder = folder and Path(folder)
         records.recorder = records.Recorder(lambda *_: [], stamp, self.after, folder)
+        parts = [part for s in [*cell.above, *cell.code] for part in ast.walk(s)]
+        self.resumes = any(getattr(part, "arg", "") == "checkpoints" for part in parts)
 
     def choose(self, path: Path, record: dict, runs: list) -> list:
         """Which of the runs that the cell wants are made; a plan prints them and makes none."""
@@ -148,8 +151,10 @@ class Job:
                 STATES[3] if made["digest"] == self.cell.digest else STATES[1])
             if not any(fnmatchcase(name, pattern) or name == pattern for pattern in self.only):
                 continue
-            seconds = seconds_of(lines, model)
+            guess = self.cell.minutes and 60 * self.cell.minutes
+            seconds = seconds_of(lines, model) or guess
             run = {"name": name, "state": state, "seconds": seconds, "net": record["models"][model]}
+            run["guess"] = not lines
             if self.plan:
                 if not line and (model, seed) in other:
                     run["note"] = "other data or settings"
@@ -158,7 +163,9 @@ class Job:
                 todo.append((STATES.index(state), (model, seed), seconds or 0))
                 self.before[model, seed] = line
         todo = sorted(todo, key=lambda item: item[0])[self.share[0]::self.share[1]]
-        return [run for _, run, seconds in todo if time.time() + seconds < self.deadline]
+        fit = [run for _, run, seconds in todo if time.time() + seconds < self.deadline]
+        # what is too long for any piece is made in several, from checkpoint to checkpoint
+        return fit or [run for _, run, _ in todo[:1] if self.resumes]
 
     def after(self) -> None:
         """Called when a run is written: says so, and ends when there is no time for another."""
@@ -229,12 +236,13 @@ def listen(process: subprocess.Popen) -> list[dict]:
     return said
 
 
-def plan(cell: Cell, args) -> list[dict]:
-    """The runs of a cell that are asked for, with their state and what they take."""
+def plan(cell: Cell, args) -> list[dict] | None:
+    """The runs of a cell that are asked for, with their state and what they take; or None."""
     process = start(cell, args, only=args.only, plan=True)
     runs = [said["run"] for said in listen(process) if isinstance(said, dict)]
     if process.returncode:
-        raise RuntimeError(f"{cell.notebook}, cell {cell.number}, cannot be planned")
+        print(f"{cell.notebook}, cell {cell.number}, cannot be planned here", flush=True)
+        return None
     return runs
 
 
@@ -263,7 +271,9 @@ def again(cell: Cell, args, runs: list[dict], deadline: float) -> dict[str, list
         work(cell, args, deadline, only=[run["name"] for run in runs], folder=folder)
         for run in runs:
             mine, there = (runs_named(at, run["name"]) for at in (Path(folder), RESULTS))
-            found[run["name"]] = differences(there[-1], mine[-1]) if mine else None
+            fresh = mine and (args.tier == "page" or not there)  # there is nothing to compare
+            found[run["name"]] = (["made"] if fresh else differences(there[-1], mine[-1])
+                                  ) if mine else None
     for name, differs in found.items():
         print(f"  {name}: " + ("was not made" if differs is None else "; ".join(differs)
                                or "all numbers as recorded, to the last digit"))
@@ -293,6 +303,8 @@ def accept(cell: Cell, runs: list[dict], by: str) -> None:
 def handle(cell: Cell, args, deadline: float) -> bool:
     """Plan a cell, and do with its runs what is asked for."""
     runs = plan(cell, args)
+    if runs is None:
+        return args.dry_run
     open_ = [run for run in runs if run["state"] != "done"]
     known = [run["seconds"] for run in open_ if run["seconds"]]
     states = ", ".join(f"{n} {state}" for state, n in Counter(r["state"] for r in runs).items())
@@ -304,6 +316,7 @@ def handle(cell: Cell, args, deadline: float) -> bool:
     if args.dry_run:
         for run in open_:
             minutes = f"{run['seconds'] / 60:.1f}" if run["seconds"] else "?"
+            minutes = f"~{minutes}" if run["guess"] and run["seconds"] else minutes
             print(f"  {minutes:>6} min  {run['name']}  ({run.get('note', run['state'])})")
         return True
     if args.accept:
@@ -317,7 +330,7 @@ def handle(cell: Cell, args, deadline: float) -> bool:
         return True
     if args.tier == "page" or (args.only != ["*"] and not open_):
         found = again(cell, args, runs, deadline)
-        return args.tier == "page" or all(differs == [] for differs in found.values())
+        return all(differs == [] or args.tier == "page" and differs for differs in found.values())
     if not open_:
         return True
     work(cell, args, deadline, only=args.only)
@@ -355,6 +368,10 @@ def main() -> int:
     kept = not (args.dry_run or args.tier == "page")
     if kept and not args.dirty and (code["dirty"] or not code["commit"]):
         sys.exit("feedback_nb/ holds changes that are in no commit: commit them first, or DIRTY=1")
+    if args.tier == "gpu" and not args.dry_run:
+        import torch
+        if not torch.cuda.is_available():
+            sys.exit("there is no GPU here: DRY_RUN=1 shows the queue, TIER=page tries it small")
     limit = args.hours * 3600 + args.minutes * 60
     deadline = time.time() + limit if limit else float("inf")
     args.tier, fine = args.tier or "cpu", True

@@ -10,6 +10,7 @@ from itertools import islice
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.func import functional_call, grad, vmap
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
@@ -165,6 +166,23 @@ def test_compiles_in_one_graph(kind):
     else:
         with pytest.raises(torch._dynamo.exc.TorchDynamoException):
             compiled(X)
+
+
+@pytest.mark.parametrize("kind", [kind for kind, entry in REGISTRY.items() if entry.loops])
+def test_a_trajectory_is_one_graph_and_not_compiled_again_for_the_same_steps(kind):
+    model = build(kind).eval()
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    run = torch.compile(model.trajectory, backend=counter, fullgraph=True, dynamic=False)
+    with torch.no_grad():
+        assert_close(run(X, steps=2).output, model(X), atol=1e-5, rtol=1e-4)
+        run(X, steps=2)  # the first call leaves its thread marked, which is one guard more
+        first = counter.frame_count
+        for x in (X.flip(0), X / 2):
+            run(x, steps=2)
+        assert counter.frame_count == first > 0
+        run(X, steps=1)
+    assert counter.frame_count > first  # another number of steps is another graph
 
 
 @every

@@ -434,6 +434,44 @@ def test_the_recorder_runs_what_the_cell_needs_and_says_where_a_run_is_from(tmp_
     assert re.search(r"^90_toy +6 +6 ", listed, re.M) and "core-hours per chapter: 90 " in listed
 
 
+QUEUE = """#| gpu
+#| queue: 2
+#| minutes: 3
+from feedback_nb.records import at_tier
+size = at_tier(page=dict(seeds=1, device="cpu"), gpu=dict(seeds=3, device="cuda"))
+data = [torch.utils.data.TensorDataset(x.to(size["device"]), y) for x, y in (d[:] for d in data)]
+compare({"a": make}, data, range(size["seeds"]), results="../results/90_toy.json",
+        settings={"epochs": 1, "device": size["device"]})"""
+
+
+@pytest.mark.process
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_the_queue_of_a_gpu_is_planned_and_tried_where_there_is_none(tmp_path):
+    broken = "#| gpu\n#| queue: 1\ncompare({'a': make}, open('none'), results='../results/b.json')"
+    home = project(tmp_path, cell=QUEUE, broken=broken)
+    told = said(home, "--tier", "gpu", "--dry-run")
+    assert told.index("cell 5, cannot be planned") < told.index("cell 4: 3 missing; about 9 min")
+    assert told.count("~3.0 min") == 3
+    assert "GPU" in said(home, "--tier", "gpu", code=1)
+    home = project(tmp_path, cell=QUEUE, broken="")
+    assert "90_toy/a/0: made" in said(home, "--tier", "page")
+    assert not ran(home / "results" / "90_toy")
+
+
+RESUMED = NOTEBOOK["cell"].replace("epochs': 1", "epochs': 20").replace(
+    "results=", "checkpoints='../runs', results=")
+
+
+@pytest.mark.process
+def test_a_run_that_is_too_long_for_a_piece_is_made_in_several(tmp_path):
+    slow = RESUMED.replace("#| fulldata", "#| fulldata\n#| minutes: 9")
+    home = project(tmp_path, cell=slow.replace("checkpoints='../runs', ", ""))
+    one = "--only", "90_toy/a/0", "--minutes", "8"  # less than a run is said to take
+    assert "0 of 1 runs made" in said(home, *one)
+    project(home, cell=slow)
+    assert "1 of 1 runs made" in said(home, *one)
+
+
 @pytest.mark.process
 def test_stale_runs_are_accepted_only_by_numbers(tmp_path):
     home = project(tmp_path)
