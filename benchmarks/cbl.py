@@ -14,8 +14,8 @@ import torch
 from _shared import looped, plain, record, show
 from torch.utils.benchmark import Timer
 
-from feedback_nb.cbl import CBL
 from feedback_nb.networks import cnn, resnet18, torchvision_net
+from feedback_nb.registry import make
 
 BOUNDS = {("CNN", "through"): 1.25, ("CNN", "literal"): 1.35, ("ResNet-18", "through"): 1.10,
           ("ViT-B/16", "through"): 1.10}
@@ -54,7 +54,7 @@ def measure(name, build, batch, size, classes, kinds, args):
     floors = []
     for flow, adapter in kinds:
         options = {"flow": flow, "adapter": adapter, "steps": args.steps}
-        model = CBL(build(), example=x[:1].cpu(), **options).to(args.device)
+        model = make("CBL", x[:1].cpu(), net=build(), **options).to(args.device)
         plain(model.net, x, y), looped(model, x, y)
         for _ in range(args.rounds):
             floors.append(median(plain, model.net, x, y, seconds=args.seconds, clock=args.clock))

@@ -16,12 +16,9 @@ from _shared import looped, plain, record, show
 from torch import nn
 
 from feedback_nb.caps import vgg
-from feedback_nb.cbl import CBL
 from feedback_nb.cost import _default_loss, _training_step, saved_bytes
-from feedback_nb.lrm import LRM
 from feedback_nb.networks import cnn
 from feedback_nb.registry import make
-from feedback_nb.unet import FeedbackUNet, UNet
 
 TIMES = (1, 2, 4, 8)  # T
 BOUNDS = {"time": 1.15, "bytes": 1.10}  # of a slope, in plain passes; and of an exponent
@@ -36,16 +33,19 @@ def models(args):
     masks = torch.randint(2, (len(shapes), 64, 64), device=args.device)
     net, example = cnn(width=args.width), photos[:1].cpu()
     channels, state = (8, 16, 32), 8
-    unet = nn.Sequential(UNet(1, state, channels=channels), nn.Conv2d(state, 2, 1))
+    unet = nn.Sequential(make("U-Net", shapes, state, channels=channels), nn.Conv2d(state, 2, 1))
     loop = {"channels": channels, "state": state, "decay": None}
     layers = [name for name, m in net.named_modules() if isinstance(m, nn.ReLU)]
     back = [(layers[-1], layers[0])]
+
+    def wrapped(kind, **options):
+        return lambda t: make(kind, example, net=cnn(width=args.width), steps=t, **options)
+
     return {
-        "CBL, through": (net, lambda t: CBL(cnn(width=args.width), example=example, steps=t),
-                         photos, kinds),
-        "LRM": (net, lambda t: LRM(cnn(width=args.width), back, example=example, steps=t),
-                photos, kinds),
-        "feedback U-Net": (unet, lambda t: FeedbackUNet(1, 2, steps=t, **loop), shapes, masks),
+        "CBL, through": (net, wrapped("CBL"), photos, kinds),
+        "LRM": (net, wrapped("LRM", connections=back), photos, kinds),
+        "feedback U-Net": (unet, lambda t: make("feedback U-Net", shapes, 2, steps=t, **loop),
+                           shapes, masks),
     }
 
 
@@ -61,10 +61,10 @@ def seconds(fn, device):
     return clock() - begun
 
 
-def grow(name, net, make, x, y, args):
+def grow(name, net, build, x, y, args):
     """A row: slopes of time and of bytes, in plain passes."""
     net = net.to(args.device)
-    loops = {t: make(t).to(args.device) for t in TIMES}
+    loops = {t: build(t).to(args.device) for t in TIMES}
     times = {t: [] for t in ("plain", *TIMES)}
     for number in range(args.rounds + 1):
         for t in times:

@@ -14,7 +14,8 @@ import torch
 from _shared import record, show
 from torch import nn
 
-from feedback_nb.predictive import PCNet, half_square
+from feedback_nb.predictive import half_square
+from feedback_nb.registry import make
 
 BOUND = 1.15
 
@@ -49,10 +50,11 @@ def seconds(fn, device):
     return time.perf_counter() - begun
 
 
-def ratios(make, steps, rounds, device, inference):
+def ratios(parts, steps, rounds, device, inference):
     """Step of the PC network / (T + 1) passes of the plain one, for each round."""
-    layers, x = make()
-    model = PCNet(layers, example=x, steps=steps, step_size=0.01, inference=inference)
+    layers, x = parts()
+    options = {"steps": steps, "step_size": 0.01, "inference": inference}
+    model = make("PC network", x, net=layers, **options)
     model, x = model.to(device), x.to(device)
     net = nn.Sequential(*model.layers)
     goal = torch.randn(len(x), 10, device=device)
@@ -84,9 +86,9 @@ def main(argv=None):
     args = parser.parse_args(argv)
     torch.manual_seed(0)
     rows = []
-    for name, make in (("mlp", mlp), ("vgg5", vgg5)):
+    for name, parts in (("mlp", mlp), ("vgg5", vgg5)):
         for inference in ("states", "errors"):
-            found, ms = ratios(make, args.steps, args.rounds, torch.device(args.device), inference)
+            found, ms = ratios(parts, args.steps, args.rounds, torch.device(args.device), inference)
             row = {"network": name, "inference": inference, "T": args.steps,
                    "times T + 1 passes": statistics.median(found), "lowest": min(found),
                    "highest": max(found), "pass_ms": ms, "bound": BOUND}

@@ -14,7 +14,7 @@ from _shared import looped, plain, record, show
 from torch import nn
 from torch.utils.benchmark import Timer
 
-from feedback_nb.unet import FeedbackUNet, UNet
+from feedback_nb.registry import make
 
 
 def median(fn, *args, seconds):
@@ -51,7 +51,7 @@ def main(argv=None):
     x = torch.randn(args.batch, 1, args.size, args.size, device=args.device)
     y = torch.randint(2, (args.batch, args.size, args.size), device=args.device)
     net = nn.Sequential(
-        UNet(1, args.state, channels=args.channels), nn.Conv2d(args.state, 2, 1)
+        make("U-Net", x, args.state, channels=args.channels), nn.Conv2d(args.state, 2, 1)
     ).to(args.device)
     kinds = {
         "full, no decay": {"decay": None},
@@ -61,7 +61,7 @@ def main(argv=None):
         "last 2 steps, scalar decay": {"backprop": 2},
     }
     models = {
-        name: FeedbackUNet(1, 2, steps=T, **sizes, **options).to(args.device)
+        name: make("feedback U-Net", x, 2, steps=T, **sizes, **options).to(args.device)
         for name, options in kinds.items()
     }
     ratios, floors = {name: [] for name in models}, []

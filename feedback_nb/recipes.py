@@ -12,12 +12,10 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import nn
 
-from .caps import CAPs
-from .cbl import CBL
 from .checks import need_known, need_number
-from .fftnet import FFTNetViT
-from .lrm import LRM, alexnet_lrm
+from .lrm import alexnet_lrm
 from .networks import torchvision_net
+from .registry import make
 
 # %% auto #0
 __all__ = ['NETS', 'CHOICES', 'SMALL', 'RECIPES', 'Recipe', 'recipe', 'build']
@@ -168,18 +166,16 @@ def build(
     with torch.device(device):
         example = torch.zeros(1, 3, r.size, r.size)
         if r.method == "fftnet":
-            return FFTNetViT("base", r.classes, image_size=r.size)
+            return make("FFTNet", example, r.classes, width=None)
         if r.method == "lrm" and r.level:
             return alexnet_lrm(r.level, size=r.size, n_classes=r.classes, steps=r.steps,
                                device=device)
         if r.net.startswith("vit"):
             options = {"image_size": r.size}
         net = torchvision_net(NETS[r.net], r.classes, **options)
-        if r.method == "cbl":
-            return CBL(net, example=example, steps=r.steps)
-        if r.method == "lrm":
-            return LRM(net, example=example, steps=r.steps)
         if r.method == "caps":
             blocks, width = _caps_blocks(net)
-            return CAPs(blocks, r.classes, width=width)
-    return net
+            return make("CAPs", example, r.classes, net=blocks, width=width)
+        if r.method == "plain":
+            return net
+        return make({"cbl": "CBL", "lrm": "LRM"}[r.method], example, net=net, steps=r.steps)

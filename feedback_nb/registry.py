@@ -53,29 +53,33 @@ class Entry:
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
 
 
-def _cnn(example, n_classes, width, **options):
-    return cnn(example.shape[1], n_classes, **{"width": width, "hidden": 8 * width} | options)
+def _cnn(example, n_classes, width, net=None, **options):
+    sizes = {"width": width, "hidden": 8 * width}
+    return cnn(example.shape[1], n_classes, **sizes | options) if net is None else net
 
 
-def _cbl(example, n_classes, width, **options):
-    return CBL(_cnn(example, n_classes, width), example=example, **{"layers": STAGES} | options)
+def _cbl(example, n_classes, width, net=None, **options):
+    own = {"layers": STAGES} if net is None else {}
+    return CBL(_cnn(example, n_classes, width, net), example=example, **own | options)
 
 
-def _lrm(example, n_classes, width, **options):
+def _lrm(example, n_classes, width, net=None, **options):
     pairs = [("fc2", "stage3"), ("stage4", "stage2"), ("stage3", "stage1")]
-    net = _cnn(example, n_classes, width)
-    return LRM(net, example=example, **{"connections": pairs} | options)
+    own = {"connections": pairs} if net is None else {}
+    return LRM(_cnn(example, n_classes, width, net), example=example, **own | options)
 
 
-def _caps(example, n_classes, width, **options):
-    *blocks, _ = _cnn(example, n_classes, width)  # the last layer: prototypes are in its place
-    widths = [width * n for n in (8, 8, 4, 8, 8)]  # as the smallest pictures allow
-    return CAPs(blocks, n_classes, width=widths, **options)
+def _caps(example, n_classes, width, net=None, **options):
+    if net is None:
+        *net, _ = _cnn(example, n_classes, width)  # the last layer: prototypes are in its place
+        width = [width * n for n in (8, 8, 4, 8, 8)]  # as the smallest pictures allow
+    return CAPs(net, n_classes, width=width, **options)
 
 
 def _fftnet(example, n_classes, width, **options):
-    sizes = {"dim": 4 * width, "depth": 2, "heads": 4, "patch_size": 4, "mlp_ratio": 2.0}
-    sizes |= {"in_channels": example.shape[1], "image_size": example.shape[-1]}
+    sizes = {"in_channels": example.shape[1], "image_size": example.shape[-1]}
+    if width is not None:
+        sizes |= {"dim": 4 * width, "depth": 2, "heads": 4, "patch_size": 4, "mlp_ratio": 2.0}
     return FFTNetViT("base", n_classes, **sizes | options)
 
 
@@ -84,15 +88,16 @@ def _fftnet_loop(example, n_classes, width, **options):
     return CBL(net, ["blocks.0", "blocks.1"], example=example, **options)
 
 
-def _pc_net(example, n_classes, width, **options):
+def _pc_net(example, n_classes, width, net=None, **options):
     def conv(a, b):
         return nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.GELU(), nn.MaxPool2d(2))
 
-    sizes = [example.shape[1], width, 2 * width, 4 * width]
-    places = (example.shape[-2] // 8) * (example.shape[-1] // 8)
-    last = nn.Sequential(nn.Flatten(), nn.Linear(places * 4 * width, n_classes))
-    layers = [*map(conv, sizes, sizes[1:]), last]
-    return PCNet(layers, example=example, **{"steps": 6, "step_size": 0.2} | options)
+    if net is None:
+        sizes = [example.shape[1], width, 2 * width, 4 * width]
+        places = (example.shape[-2] // 8) * (example.shape[-1] // 8)
+        last = nn.Sequential(nn.Flatten(), nn.Linear(places * 4 * width, n_classes))
+        net = [*map(conv, sizes, sizes[1:]), last]
+    return PCNet(net, example=example, **{"steps": 6, "step_size": 0.2} | options)
 
 
 def _predify(example, n_classes, width, **options):
@@ -175,8 +180,9 @@ def make(
     example: torch.Tensor,  # pictures (B, C, H, W): their channels, and where needed their size
     n_classes: int = 10,
     *,
-    width: int = 8,  # channels of the first stage
-    **options,  # of the method: steps, flow, mode, …
+    # channels of the first stage; of blocks given to CAPs: their features; FFTNet, None: as published
+    width: int = 8,
+    **options,  # net: your own network or its blocks; and the method's: steps, flow, mode, …
 ) -> nn.Module:
     """An untrained model of the registry."""
     need_known(name, REGISTRY, "model")

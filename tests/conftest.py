@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 SECONDS = HERE / "seconds.json"
 LONG = 0.5  # seconds of processor time: a longer test is none of `make quick`
 MARKS = {
-    "process": {"subprocess", "multiprocessing", "Popen", "fork", "spawn", "workers",
+    "process": {"subprocess", "multiprocessing", "Popen", "fork", "spawn", "torchrun", "workers",
                 "num_workers"},
     "page": {"playwright", "sync_playwright", "chromium", "make_book", "nbconvert", "pypandoc"},
 }

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import LIMIT, once, torchrun
 from torch import nn
 from torchvision.io import encode_jpeg
 
-from feedback_nb import recipes
+from feedback_nb import recipes, registry
 from feedback_nb.imagenet import Average, main, open_split, optimizer, rate, train
 from feedback_nb.recipes import RECIPES, Recipe, build, recipe
 from feedback_nb.scaling import GPUS, all_reduce, estimate, loss_of, pieces, saved_bytes, scaled
@@ -40,15 +41,15 @@ def photos(tmp_path_factory):
     return make_photos(tmp_path_factory.mktemp("photos"))
 
 
-def run(script, *args, world=0, restarts=0, check=True, **environ):
+def run(script, *args, world=0, restarts=0, check=True, limit=LIMIT, **environ):
     """Run Python code, with torchrun where `world` processes are asked for."""
     words = [sys.executable, "-c", textwrap.dedent(script), *map(str, args)]
+    environ = os.environ | {"OMP_NUM_THREADS": "1"} | {k: str(v) for k, v in environ.items()}
     if world:
-        words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-                 str(world), "--max-restarts", str(restarts), "--no-python", *words]
-    environ = {key: str(value) for key, value in environ.items()}
-    done = subprocess.run(words, capture_output=True, text=True, timeout=900,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"} | environ)
+        done = torchrun("--no-python", *words, world=world, restarts=restarts, limit=limit,
+                        env=environ)
+    else:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=900, env=environ)
     assert not check or done.returncode == 0, done.stderr[-4000:]
     return done
 
@@ -237,8 +238,8 @@ def test_a_run_and_its_packed_twin_and_a_second_call(photos, tmp_path, capsys):
 @pytest.mark.parametrize("compile,micro", [("eager", None), (False, 4)])
 def test_compiled_and_in_pieces_the_losses_are_the_same(photos, tmp_path, monkeypatch, compile,
                                                         micro):
-    small = functools.partial(recipes.FFTNetViT, dim=32, depth=2, heads=2)  # no batch norm
-    monkeypatch.setattr(recipes, "FFTNetViT", small)
+    small = functools.partial(registry.FFTNetViT, dim=32, depth=2, heads=2)  # no batch norm
+    monkeypatch.setattr(registry, "FFTNetViT", small)
     made, _ = recipe("fftnet-vit-b16", classes=3, size=32, batch=8, epochs=2, precision="no",
                      mixup=0.0, cutmix=0.0)
     _, plain = train(made, photos, tmp_path / "a")
@@ -324,6 +325,13 @@ def test_a_rank_that_dies_is_started_again_and_the_end_is_the_same(photos, tmp_p
     assert len(list((tmp_path / "cut").glob("recipe.json"))) == 1
 
 
+def test_processes_that_hang_are_ended_and_tell_where_they_stood():
+    waits = [sys.executable, "-c", "import time\ndef stuck():\n    time.sleep(100)\nstuck()"]
+    begin = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done, hung = once([*begin, "--no-python", *waits], limit=15)
+    assert hung and done.returncode != 0 and "in stuck" in done.stderr
+
+
 def test_a_run_goes_on_with_another_number_of_processes(photos, tmp_path):
     how = [w if w != "7" else "8" for w in killable(photos, tmp_path / "run")]
     assert run(KILLED, *how, check=False, KILL="4").returncode == -9
@@ -354,7 +362,7 @@ EVERY = """
 import functools, json, sys
 from pathlib import Path
 from torchvision.models import VisionTransformer
-from feedback_nb import imagenet, recipes
+from feedback_nb import imagenet, recipes, registry
 from feedback_nb.fftnet import FFTNetViT
 torchvision_net = recipes.torchvision_net
 def small(name, classes, **options):
@@ -362,7 +370,7 @@ def small(name, classes, **options):
         return VisionTransformer(options["image_size"], 16, 2, 2, 32, 64, num_classes=classes)
     return torchvision_net(name, classes, **options)
 recipes.torchvision_net = small
-recipes.FFTNetViT = functools.partial(FFTNetViT, dim=32, depth=2, heads=2)
+registry.FFTNetViT = functools.partial(FFTNetViT, dim=32, depth=2, heads=2)
 photos, folder, *names = sys.argv[1:]
 for name in names:
     r, _ = recipes.recipe(name, classes=3, size=96, batch=10, epochs=1, lr=1e-3)
@@ -379,7 +387,7 @@ SOME = ["cbl-alexnet", "lrm3-alexnet", "caps-alexnet"]
 @pytest.mark.parametrize("names", [[name for name in RECIPES if name not in WIDE], SOME],
                          ids=["most", "alexnet"])
 def test_every_recipe_takes_some_steps_on_two_processes(photos, tmp_path, names):
-    out = run(EVERY, photos, tmp_path, *names, world=2).stdout
+    out = run(EVERY, photos, tmp_path, *names, world=2, limit=900).stdout
     rows = [json.loads(line) for line in out.splitlines() if line.startswith('["')]
     assert {row[0] for row in rows} == set(names)
     assert all(loss < 50 and 0 <= hits <= 1 for _, loss, hits in rows)

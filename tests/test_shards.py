@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import torchrun
 from torchvision.io import encode_jpeg
 
 from feedback_nb.shards import (
@@ -272,10 +273,8 @@ distributed.destroy_process_group()
 
 
 def count(world, *args):
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-             "--nproc-per-node", str(world), "--no-python", sys.executable, "-c", COUNT]
-    done = subprocess.run(words + list(map(str, args)), capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    done = torchrun("--no-python", sys.executable, "-c", COUNT, *args, world=world,
+                    env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import torchrun
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
@@ -1227,10 +1228,7 @@ def test_two_processes_do_what_one_does_and_survive_a_death(tmp_path):
         "ACCELERATE"))}, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     args = [str(tmp_path / "two.py"), str(tmp_path / "two.json"), str(tmp_path),
             str(ROOT / "tests")]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-                "--max-restarts=1"]
-    done = subprocess.run(torchrun + args, capture_output=True, text=True, cwd=ROOT, env=env,
-                          timeout=300)
+    done = torchrun(*args, restarts=1, cwd=ROOT, env=env)
     assert done.returncode == 0, done.stderr[-4000:]
     assert (tmp_path / "dead").exists()
     two = json.loads((tmp_path / "two.json").read_text())
@@ -1315,9 +1313,8 @@ def test_a_sharded_model_trains_and_resumes_as_a_whole_one(tmp_path):
     (tmp_path / "script.py").write_text(SHARDED)
     env = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC")}
     args = [str(tmp_path / "script.py"), str(tmp_path), str(ROOT / "tests")]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(torchrun + args, capture_output=True, text=True, cwd=ROOT, timeout=300,
-                          env=env | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    env |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = torchrun(*args, cwd=ROOT, env=env)
     assert done.returncode == 0, done.stderr[-4000:]
     whole, again = json.loads((tmp_path / "out.json").read_text())
     assert whole == again
