@@ -9,14 +9,18 @@ Figures of speed are worth something on an idle machine only.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import torch
+from _shared import facts
+
 HERE = Path(__file__).resolve().parent
 PARTS = [path.stem for path in sorted(HERE.glob("[a-z]*.py")) if path.stem != "predictive_jpc"]
-NAMES = ("network", "grows with", "motif", "training", "measured", "what", "step", "flow",
+NAMES = ("network", "grows with", "motif", "training", "method", "measured", "what", "step", "flow",
          "adapter", "inference")
 
 
@@ -41,7 +45,8 @@ def run(part: str, options: list[str]) -> list[dict]:
         command = [sys.executable, str(HERE / f"{part}.py"), "--record", str(record), *options]
         subprocess.run(command, check=True)
         rows = json.loads(record.read_text())["rows"]
-    return [row for row in (bounded(part, row) for row in rows) if row]
+    busy = os.getloadavg()[0]  # 1 is this benchmark alone
+    return [row | {"load": busy} for row in (bounded(part, row) for row in rows) if row]
 
 
 def main(argv=None) -> int:
@@ -49,7 +54,8 @@ def main(argv=None) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="NAME")
     parser.add_argument("--check", action="store_true", help="fail when a bound is broken")
-    parser.add_argument("--json", type=Path, help="write the table to this file")
+    parser.add_argument("--json", type=Path,
+                        help="write the table to this file: results/bench.json is page 73's")
     parser.add_argument("options", nargs="*", help="after --: for every benchmark that is run")
     args = parser.parse_args(argv)
     rows = [row for part in args.only for row in run(part, args.options)]
@@ -63,7 +69,8 @@ def main(argv=None) -> int:
               f"{row['bound']:>7.2f}  {row['ratio of']}{'   ABOVE ITS BOUND' * over}")
     print(f"{len(rows)} ratios, {broken} above their bound")
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+        where = "cuda" if torch.cuda.is_available() else "cpu"
+        args.json.write_text(json.dumps(facts(where) | {"rows": rows}, indent=1) + "\n")
     return int(args.check and broken > 0)
 
 

@@ -27,16 +27,18 @@ def show(row):
         flush=True)
 
 
-def record(path, args, settings, rows, **more):
-    """Write the rows with commit, versions, machine and the named settings of `args`."""
-    device = torch.cuda.get_device_name() if args.device.startswith(
+def facts(device):
+    """Commit, versions and machine."""
+    named = torch.cuda.get_device_name() if device.startswith(
         "cuda") else f"CPU ({platform.machine()})"
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True,
                             text=True).stdout.strip()
-    facts = {
-        "commit": commit, "torch": torch.__version__, "python": platform.python_version(),
-        "device": device, "threads": torch.get_num_threads(), "seed": 0
-    }
+    return {"commit": commit, "torch": torch.__version__, "python": platform.python_version(),
+            "device": named, "threads": torch.get_num_threads(), "seed": 0}
+
+
+def record(path, args, settings, rows, **more):
+    """Write the rows with the facts and the named settings of `args`."""
+    chosen = {key: getattr(args, key) for key in settings}
     path.write_text(
-        json.dumps({**facts, **{key: getattr(args, key)
-                                for key in settings}, **more, "rows": rows}, indent=1) + "\n")
+        json.dumps({**facts(args.device), **chosen, **more, "rows": rows}, indent=1) + "\n")

@@ -8,6 +8,8 @@ __all__ = ['Steer', 'one_hot', 'contrast', 'instance', 'Prototypes', 'prototype'
            'Denoiser', 'cosine_schedule', 'fit_ridge', 'fit_diffusion', 'sample_diffusion']
 
 # %% ../nbs/35_steering.ipynb #b4b8aff3
+#| code-fold: true
+#| code-summary: "Imports of the module"
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations, islice
@@ -29,6 +31,8 @@ _all_ = ["TextPrior", "text_embeddings", "Denoiser", "cosine_schedule", "fit_rid
 _all_ += ["fit_diffusion", "sample_diffusion"]
 
 # %% ../nbs/35_steering.ipynb #0de3b047
+#| code-fold: true
+#| code-summary: "Checks of gain and blend"
 def _gains(gain) -> tuple:
     """(negative, positive), checked."""
     pair = tuple(gain) if isinstance(gain, (tuple, list)) else (gain, gain)
@@ -87,6 +91,8 @@ class Steer:
         return f"Steer({self.source!r}, vector of shape {tuple(self.vector.shape)}, {how})"
 
 # %% ../nbs/35_steering.ipynb #b972d26a
+#| code-fold: true
+#| code-summary: "_mixed: the vector blended with the output"
 def _mixed(own: torch.Tensor, vector: torch.Tensor, blend, source: str) -> torch.Tensor:
     """β·vector + (1-β)·own, on the output's device and dtype; its bits stay where a map is 0."""
     local = torch.is_tensor(blend)
@@ -113,6 +119,8 @@ def _mixed(own: torch.Tensor, vector: torch.Tensor, blend, source: str) -> torch
     return torch.lerp(*torch.broadcast_tensors(own, vector, blend))
 
 # %% ../nbs/35_steering.ipynb #32339144
+#| code-fold: true
+#| code-summary: "one_hot and contrast"
 def one_hot(
     classes: int | Sequence[int] | torch.Tensor,  # one class or several
     n_classes: int,
@@ -142,6 +150,8 @@ def contrast(
     return toward - away
 
 # %% ../nbs/35_steering.ipynb #c8f51ab7
+#| code-fold: true
+#| code-summary: "instance"
 def _source(model: LRM, source: str | None) -> str:
     name = source or next(reversed(model.sources))
     need_known(name, model.sources, "source of this model")
@@ -161,6 +171,8 @@ def instance(
         return model.trajectory(x, steps=steps, states=True).states[-1][name]
 
 # %% ../nbs/35_steering.ipynb #c3a0ac06
+#| code-fold: true
+#| code-summary: "prototype"
 class Prototypes(NamedTuple):
     """Means over categories; `mean[c]` steers, `mean[c : c + 1]` where the source gives maps."""
 
@@ -195,6 +207,8 @@ def prototype(
     return Prototypes(mean.to(device, kind), stderr.to(device, kind), count.to(device))
 
 # %% ../nbs/35_steering.ipynb #5d25f6f7
+#| code-fold: true
+#| code-summary: "overlay and side_by_side"
 def overlay(
     a: torch.Tensor,  # (…, C, H, W), floating point
     b: torch.Tensor,  # of the same shape
@@ -221,6 +235,8 @@ def side_by_side(
     return F.interpolate(flat, size=a.shape[-2:], **how).view(a.shape)
 
 # %% ../nbs/35_steering.ipynb #6e535f30
+#| code-fold: true
+#| code-summary: "triplets"
 def triplets(
     y: torch.Tensor,  # (N,) the class of every picture
     per_pair: int,  # triplets for every pair of classes
@@ -251,6 +267,8 @@ def triplets(
     return torch.cat(rows)
 
 # %% ../nbs/35_steering.ipynb #c4dd8e53
+#| code-fold: true
+#| code-summary: "a_prime"
 def a_prime(
     hits,  # rate in [0, 1]: a number or a tensor
     false_alarms,  # rate in [0, 1], of the same shape
@@ -265,6 +283,8 @@ def a_prime(
     return float(score) if score.dim() == 0 else score
 
 # %% ../nbs/35_steering.ipynb #5023193d
+#| code-fold: true
+#| code-summary: "Search: what was answered"
 class Search(NamedTuple):
     """What a steered network said of composites, pass by pass."""
 
@@ -281,6 +301,8 @@ class Search(NamedTuple):
         return {"hits": h.tolist(), "false_alarms": f.tolist(), "a_prime": a_prime(h, f).tolist()}
 
 # %% ../nbs/35_steering.ipynb #da8398e0
+#| code-fold: true
+#| code-summary: "search: look for each class of every triplet"
 def _looks(model: LRM, x, steers: list, steps: int | None):
     """Outputs of every pass, one steered call after the other; a plain first pass runs once."""
     steps = model.steps if steps is None else steps
@@ -327,6 +349,8 @@ def search(
     return Search(right[:2].transpose(0, 1), right[2])
 
 # %% ../nbs/35_steering.ipynb #c0111e58
+#| code-fold: true
+#| code-summary: "composite_scores"
 def composite_scores(
     hits,  # (S, n) or (n,) share of hits of S networks on each of n triplets
     false_alarms,  # of the same shape
@@ -348,6 +372,8 @@ def composite_scores(
     return found | {"above_biased": above(np.arange(h.shape[1])), "low": low, "high": high}
 
 # %% ../nbs/35_steering.ipynb #c0111e59
+#| code-fold: true
+#| code-summary: "composite_test"
 @torch.no_grad()
 def composite_test(
     model: LRM,

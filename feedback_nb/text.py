@@ -6,6 +6,8 @@
 __all__ = ['text_embeddings', 'Denoiser', 'cosine_schedule', 'TextPrior', 'fit_ridge', 'fit_diffusion', 'sample_diffusion']
 
 # %% ../nbs/38_text.ipynb #7e87ad0b
+#| code-fold: true
+#| code-summary: "Imports of the module"
 import math
 from collections.abc import Callable, Sequence
 

@@ -10,7 +10,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
-def bench():
+def bench(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     spec = importlib.util.spec_from_file_location("bench", ROOT / "benchmarks/__main__.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -42,11 +43,12 @@ def test_check_fails_above_a_bound_and_only_there(bench, monkeypatch, tmp_path, 
     assert bench.main(["--only", "lrm", "--check", "--json", str(table)]) == status
     assert bench.main(["--only", "lrm"]) == 0
     assert ("ABOVE" in capsys.readouterr().out) == bool(status)
-    assert json.loads(table.read_text())[0]["ratio"] == ratio
+    recorded = json.loads(table.read_text())
+    assert recorded["rows"][0]["ratio"] == ratio and recorded["threads"] > 0
 
 
 def test_every_benchmark_of_the_table_can_be_recorded(bench):
-    assert {"caps", "cbl", "fftnet", "growth", "imports", "lrm", "predictive",
-            "unet"} <= set(bench.PARTS)
+    assert {"caps", "cbl", "fftnet", "growth", "imports", "lrm", "methods",
+            "predictive", "unet"} <= set(bench.PARTS)
     for part in bench.PARTS:
         assert "--record" in (ROOT / f"benchmarks/{part}.py").read_text(), part
