@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import textwrap
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +15,7 @@ from processes import LIMIT, once, torchrun
 from torch import nn
 from torchvision.io import encode_jpeg
 
-from feedback_nb import recipes, registry
+from feedback_nb import registry
 from feedback_nb.imagenet import Average, main, open_split, optimizer, rate, train
 from feedback_nb.recipes import RECIPES, Recipe, build, recipe
 from feedback_nb.scaling import GPUS, all_reduce, estimate, loss_of, pieces, saved_bytes, scaled
@@ -323,6 +324,28 @@ def test_a_rank_that_dies_is_started_again_and_the_end_is_the_same(photos, tmp_p
     run(KILLED, *how, world=2, restarts=3, KILL="2 3", WHO=1)
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
     assert len(list((tmp_path / "cut").glob("recipe.json"))) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("FEEDBACK_NB_DATA" not in os.environ, reason="needs imagenette-128")
+@pytest.mark.parametrize("world", [0, 2])
+def test_a_hundredth_of_an_epoch_of_imagenet_killed_three_times(tmp_path, world):
+    archives = Path(os.environ["FEEDBACK_NB_DATA"], "imagenette-128")
+    for split in ("train", "val"):
+        with tarfile.open(archives / f"{split}.tar.gz") as photos:
+            photos.extractall(tmp_path / "photos", filter="data")
+    how = ["--recipe", "lrm-resnet18", "--epochs", "3", "--size", "32", "--classes", "10",
+           "--batch", "32", "--workers", "1", "--precision", "no", "--every", "40", "--data",
+           str(tmp_path / "photos"), "--checkpoint"]  # 12,000 photos in 375 steps
+    options = {"world": world, "limit": 1500}
+    run(KILLED, *how, tmp_path / "whole", **options)
+    kills = {"KILL": "90 130 60"}
+    if world:
+        run(KILLED, *how, tmp_path / "cut", restarts=3, WHO=1, **kills, **options)
+    for attempt in range(0 if world else 4):
+        done = run(KILLED, *how, tmp_path / "cut", check=False, ATTEMPT=attempt, **kills)
+        assert done.returncode == (0 if attempt == 3 else -9)
+    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
 
 
 def test_processes_that_hang_are_ended_and_tell_where_they_stood():
