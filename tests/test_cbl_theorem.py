@@ -34,7 +34,7 @@ def lab():
     ]
     space = {"__name__": "lab"}
     for source in cells:
-        if source.startswith("import copy"):
+        if re.match(r"(#\|.*\n)*import copy\n", source):
             exec(source.replace("use_style()", ""), space)
         elif re.match(r"(#.*\n)*(@torch|class |def |SIZES|TIMES)", source):
             constant = lambda node: isinstance(node, ast.Assign) and getattr(

@@ -39,7 +39,7 @@ def test_the_tables_of_chapter_60_sort(chromium, tmp_path):  # noqa: F811
     tables = ["".join(output["data"]["text/html"]) for cell in page["cells"]
               for output in cell.get("outputs", [])
               if "sortable" in "".join(output.get("data", {}).get("text/html", ""))]
-    assert len(tables) == 6
+    assert len(tables) == 7
     path = tmp_path / "tables.html"
     path.write_text("<!doctype html>" + "".join(tables), encoding="utf-8")
     with opened(chromium, path.as_uri(), 1400) as (shown, errors, _):
