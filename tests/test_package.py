@@ -11,6 +11,7 @@ from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted(p.stem for p in (ROOT / "feedback_nb").glob("*.py")
@@ -230,3 +231,13 @@ def test_every_chapter_is_in_the_contents():
         name = f"[{path.stem.split('_')[0]} {title}]({path.name})"
         assert name in text, f"the contents have no {name}"
         assert path.name in (ROOT / "_quarto.yml").read_text(encoding="utf-8"), path.name
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "nbs").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_the_options_of_cells_are_yaml(path):
+    """Quarto reads them as YAML and stops at a quote within quotes."""
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        lines = "".join(cell["source"]).splitlines() * (cell["cell_type"] == "code")
+        for line in lines:
+            if found := re.match(r"#\|\s*([\w-]+:\s.*)", line):
+                assert isinstance(yaml.safe_load(found[1]), dict), line
