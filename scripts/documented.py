@@ -145,6 +145,13 @@ def badges(source: str) -> str:
     return re.sub(r"!\[([^\]]*)\]\(https?://[^)\s]*badge[^)\s]*\)", r"\1", source)
 
 
+def worded(head: str, otherwise: str = "") -> str:
+    """The head of a column in words, also of one variable of several: `a_prime, gain 1`."""
+    first, comma, rest = head.partition(", ")
+    return HEADS.get(head) or (HEADS[first] + comma + rest if "_" in first and first in HEADS
+                               else otherwise or head)
+
+
 def joined(match: re.Match) -> str:
     """A table with every interval beside its value, `a (b, c)`: two columns less to scroll to."""
     table = match[0]
@@ -161,7 +168,7 @@ def joined(match: re.Match) -> str:
         for i in reversed([len(cells) + i for i in at]):
             value, low, high = map(words, cells[i:i + 3])
             if "<th" in cells[i]:
-                value = f"{HEADS.get(value, value)} (95 % interval)" if value else ""
+                value = f"{worded(value)} (95 % interval)" if value else ""
             elif "NaN" not in (low, high):
                 value = f"{value} ({low},\u00a0{high})"
             start = cells[i].partition(">")[0]
@@ -178,7 +185,7 @@ def readable(data: dict, caption: str = "") -> None:
         return
     text = re.sub(r"<table.*?</table>", joined, text, flags=re.S)
     text = re.sub(r"(<th[^>]*>)([^<]*)(</th>)",
-                  lambda m: m[1] + HEADS.get(m[2].strip(), m[2]) + m[3], text)
+                  lambda m: m[1] + worded(m[2].strip(), m[2]) + m[3], text)
     text = re.sub(r"<th>\s*</th>", "<td></td>", text)  # a head without words is none
     if caption:
         text = re.sub(r"(<table[^>]*>)", rf"\1<caption>{html.escape(caption)}</caption>", text,
