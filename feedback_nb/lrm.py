@@ -71,6 +71,11 @@ class _Drive(nn.Module):
         self.neg, self.pos = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
         self.conv = nn.Conv2d(source.channels, destination.channels, 1, bias=bias)
 
+    def silence(self):
+        """Zeros where all that is said comes through; their gradient is not zero."""
+        for p in self.conv.parameters():
+            nn.init.zeros_(p)
+
     def signed(self, a, gain):
         """σ⁺ a where a > 0, σ⁻ a elsewhere; `gain`: factors on (σ⁻, σ⁺) of a steered call."""
         neg, pos = self.neg, self.pos
@@ -261,7 +266,8 @@ class _Steered(FeedbackModel):
 class LRM(_Steered):
     """Long-range modulation: every pass is modulated by what the sources said in the one before.
 
-    New modulations are random, so a pretrained backbone needs training with them."""
+    New modulations are random, so a pretrained backbone needs training with them; or they are
+    silent (`init="zero"`), and every pass of a new model is the plain one."""
 
     def __init__(
         self,
@@ -275,10 +281,12 @@ class LRM(_Steered):
         motif: str = "paper",  # equation 2; "per-channel": one u and σ per channel; "published"
         mode: str = "multiply",  # x + x·ΣF; "add": x + ΣF
         channel_dims: dict[str, int] | None = None,  # {layer: where its channels are}, if known
+        init: str = "random",  # of the new weights; "zero": silent, F = 0 until they are trained
     ):
         super().__init__(steps, tol, check_finite)
         need_known(motif, MOTIFS, "motif")
         need_known(mode, ("multiply", "add"), "mode")
+        need_known(init, ("random", "zero"), "init")
         given = suggest_connections(backbone, example) if connections is None else connections
         pairs = _pairs(given)
         heard, modulated = ([pair[i] for pair in pairs] for i in (0, 1))
@@ -301,6 +309,8 @@ class LRM(_Steered):
         for d in dict.fromkeys(pair.destination for pair in self.connections):
             told = {s: sites[s] for s, other in self.connections if other == d}
             self.modulations[d] = Modulation(sites[d], told, motif, mode)
+            for drive in self.modulations[d].drives.values() if init == "zero" else ():
+                drive.silence()
         self.modulations.to(self.replay.device, self.replay.dtype)
 
 # %% ../nbs/30_lrm.ipynb #7cc10716

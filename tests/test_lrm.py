@@ -304,6 +304,31 @@ def test_paper_motif_without_drive_is_the_backbone_exactly(mode):
     assert all(torch.equal(output, plain) for output in model.trajectory(x).outputs)
 
 
+@pytest.mark.parametrize("motif", ["paper", "per-channel"])
+@pytest.mark.parametrize("mode", ["multiply", "add"])
+def test_a_silent_model_answers_as_its_backbone_and_can_learn(motif, mode):
+    torch.manual_seed(0)
+    net, x = tiny(), torch.randn(2, 3, 32, 32)
+    model = LRM(net, CONNECTIONS, example=x, motif=motif, mode=mode, init="zero", steps=2)
+    with torch.no_grad():
+        assert all(torch.equal(y, net(x)) for y in model.trajectory(x).outputs)
+    model(x).square().sum().backward()
+    for modulation in model.modulations.values():
+        for drive in modulation.drives.values():
+            assert drive.conv.weight.grad.abs().max() > 0
+
+
+def test_a_silent_published_drive_leaves_only_the_rectifier_of_its_destination():
+    torch.manual_seed(0)
+    net, x = tiny(), torch.randn(2, 3, 32, 32)
+    pairs = [("classifier.2", "features.1")]  # a ReLU: rectified once more it is what it was
+    with torch.no_grad():
+        model = LRM(net, pairs, example=x, motif="published", init="zero")
+        assert torch.equal(model(x), net(x))
+        random = LRM(net, pairs, example=x, motif="published")
+        assert not torch.equal(random(x), net(x))
+
+
 def test_a_source_at_its_u_drives_nothing():
     torch.manual_seed(0)
     o = torch.randn(2, 5, 4, 4)
@@ -1074,6 +1099,7 @@ small = lambda **options: LRM(tiny(), CONNECTIONS, example=X, **options)
     wrong(lambda: LRM(tiny(), CONNECTIONS, example=X[:, :1]), r"\(1, 1, 32, 32\)", RuntimeError),
     wrong(lambda: small(motif="papers"), "'papers'"),
     wrong(lambda: small(mode="sum"), "'sum'"),
+    wrong(lambda: small(init="zeros"), "'zeros'.*'zero'"),
     wrong(lambda: small(steps=-1), "steps"),
     wrong(lambda: small()
           (torch.zeros(1, 3, 1, 1)), r"\(1, 3, 1, 1\).*\(1, 3, 32, 32\)", RuntimeError),
