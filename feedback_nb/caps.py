@@ -247,7 +247,7 @@ def _counting(model, saved):
 
 # %% ../nbs/40_caps.ipynb #8d5263fc
 #| code-fold: true
-#| code-summary: "The two phases"
+#| code-summary: "The two phases: look, and differentiate"
 def _look(model, x, keep, budget):
     """Phase one: the three sums, a `_Moment` of each block, and the graphs of the last blocks."""
     h, parts, moments, graphs, sizes = x, [], [], {}, {}
@@ -281,7 +281,9 @@ def _differentiate(part, signal, optimizer):
         optimizer.step()
         optimizer.zero_grad()
 
-
+# %% ../nbs/40_caps.ipynb #7d02e553
+#| code-fold: true
+#| code-summary: "The two phases: learn"
 def _learn(model, x, signal, moments, graphs, optimizers):
     """Phase two: differentiate the graphs that are there, then run the other blocks again."""
     for k in sorted(graphs, reverse=True):
@@ -297,7 +299,7 @@ def _learn(model, x, signal, moments, graphs, optimizers):
 
 # %% ../nbs/40_caps.ipynb #12bd9fc6
 #| code-fold: true
-#| code-summary: "local_backward, and the rule local"
+#| code-summary: "The rule local"
 def _local(model, x, y, optimizers):
     """The rule "local": every block has a loss of its own and waits for nobody."""
     h, losses = x, []
@@ -308,7 +310,9 @@ def _local(model, x, y, optimizers):
         _differentiate([own], [torch.ones_like(own)], optimizers[k])
     return torch.stack(losses).mean()
 
-
+# %% ../nbs/40_caps.ipynb #240864d4
+#| code-fold: true
+#| code-summary: "local_backward"
 @torch.enable_grad()
 def local_backward(
     model: CAPs,
@@ -347,7 +351,7 @@ def local_backward(
 
 # %% ../nbs/40_caps.ipynb #9df3aa62
 #| code-fold: true
-#| code-summary: "vgg and mlp"
+#| code-summary: "vgg"
 STAGES = {6: (1, 1, 2), 8: (2, 2, 2), 11: (4, 2, 3), 16: (6, 3, 5), 19: (7, 4, 6)}
 
 
@@ -379,7 +383,9 @@ def vgg(
     blocks.append(nn.Sequential(nn.MaxPool2d(2), nn.MaxPool2d(2), nn.Flatten(), *layers, *end))
     return CAPs(blocks, n_classes, width=[width] * (len(blocks) - 1) + [hidden], **options)
 
-
+# %% ../nbs/40_caps.ipynb #37dd35a3
+#| code-fold: true
+#| code-summary: "mlp"
 def mlp(
     features: int,  # numbers in an input, 784 for MNIST
     n_classes: int = 10,

@@ -142,7 +142,7 @@ def write_weights(model: nn.Module | dict, path: Path) -> None:
         name, why = type(model).__name__, str(error).splitlines()[0][:60]
         refuse(name, f"is nothing for safetensors ({why})", "clone tensors that share memory")
 
-
+# %% ../nbs/92_checkpoints.ipynb #5611d463
 def read_weights(model: nn.Module, path: Path) -> None:
     """Load a safetensors file into the model; CheckpointError names the first key that differs."""
     from safetensors import SafetensorError, safe_open
@@ -254,7 +254,7 @@ def _short(text, keep=40):
     """The text, or the beginning and the digest of a long one."""
     return text if len(text) <= 2 * keep else f"{text[:keep]}… {_hash(text.encode())}"
 
-
+# %% ../nbs/92_checkpoints.ipynb #228aeeba
 def _function(fn, seen=()):
     """The name of a function and, for the user's, a digest of its code and what this refers to."""
     name = f"{fn.__module__}.{fn.__qualname__}"

@@ -34,7 +34,7 @@ __all__ = ['MultiplyAdds', 'multiply_adds', 'peak_bytes', 'saved_bytes', 'cost']
 
 # %% ../nbs/08_cost.ipynb #8ba49de1
 #| code-fold: true
-#| code-summary: "multiply_adds"
+#| code-summary: "Products that torch does not count"
 def _mv(*shapes, **_) -> int:
     return 2 * shapes[-1][0] * shapes[-2][-2]
 
@@ -47,7 +47,9 @@ def _trilinear(x, w, *_, **__) -> int:
     """x₁ᵀ W for each row of x₁ and each output, then its product with x₂."""
     return 2 * x[0] * w[0] * w[2] * (w[1] + 1)
 
-
+# %% ../nbs/08_cost.ipynb #16ccda67
+#| code-fold: true
+#| code-summary: "MultiplyAdds: counts what is dispatched"
 _aten, _dot = torch.ops.aten, lambda a, b, **_: 2 * a[0]
 _UNCOUNTED = {  # by PyTorch: shapes -> FLOPs, 2 for a multiply-add
     _aten.mv: _mv, _aten.addmv: _mv, _aten.addbmm: _addbmm, _aten.dot: _dot, _aten.vdot: _dot,
@@ -80,7 +82,9 @@ class MultiplyAdds(TorchDispatchMode):
     def total(self) -> int:
         return self.flops // 2
 
-
+# %% ../nbs/08_cost.ipynb #c9fc59da
+#| code-fold: true
+#| code-summary: "multiply_adds"
 def _count(net: nn.Module, example, options: dict) -> int:
     with MultiplyAdds() as counted, torch.no_grad():
         net.eval()(example, **options)
@@ -112,7 +116,7 @@ def multiply_adds(
 
 # %% ../nbs/08_cost.ipynb #e69c13e8
 #| code-fold: true
-#| code-summary: "Bytes: of tensors that are alive, and of those kept for the backward pass"
+#| code-summary: "Bytes of the tensors that are alive"
 class _LiveBytes(TorchDispatchMode):
     """Counts the bytes of tensors made inside the block that are alive, and their peak."""
 
@@ -138,7 +142,9 @@ def _storages(tree: Any) -> list[torch.UntypedStorage]:
     """The memory of each tensor in a tree."""
     return [t.untyped_storage() for t in tree_leaves(tree) if torch.is_tensor(t)]
 
-
+# %% ../nbs/08_cost.ipynb #4f897f50
+#| code-fold: true
+#| code-summary: "peak_bytes"
 def peak_bytes(step: Callable, device: torch.device) -> int:
     """What a training step needs at most beyond what was there: on a GPU, as its allocator says."""
     if device.type == "cuda":
@@ -152,7 +158,9 @@ def peak_bytes(step: Callable, device: torch.device) -> int:
         step()
     return live.peak
 
-
+# %% ../nbs/08_cost.ipynb #fc24a38b
+#| code-fold: true
+#| code-summary: "saved_bytes: what is kept for the backward pass"
 def saved_bytes(model: nn.Module, x, loss: Callable) -> float:
     """Bytes kept for the backward pass, each storage once; not the weights and the input."""
     known = _storages((list(model.parameters()), list(model.buffers()), x))
@@ -178,7 +186,7 @@ def saved_bytes(model: nn.Module, x, loss: Callable) -> float:
 
 # %% ../nbs/08_cost.ipynb #799f3334
 #| code-fold: true
-#| code-summary: "Training steps, and the clock"
+#| code-summary: "A training step"
 def _default_loss(model: nn.Module, x) -> torch.Tensor:
     """Cross entropy against class 0 (any costs the same), at every step of a feedback model."""
     feedback = isinstance(model, FeedbackModel)
@@ -208,7 +216,9 @@ def _training_step(model: nn.Module, x, loss: Callable) -> Callable:
 
     return step
 
-
+# %% ../nbs/08_cost.ipynb #7a967108
+#| code-fold: true
+#| code-summary: "The clock"
 def _timer() -> type:
     """torch's Timer; loaded, it complains of toolkits that nobody here needs."""
     logger = logging.getLogger("torch.utils.cpp_extension")

@@ -60,7 +60,7 @@ def _alone(path: Path) -> ExitStack:
 
 # %% ../nbs/02_data.ipynb #b15d8dc5
 #| code-fold: true
-#| code-summary: "The cache: one process makes a file, and all read it"
+#| code-summary: "The cache: what is read back"
 FORMAT = 2  # of the cache files; a change of decoding raises it, and old files are made anew
 
 
@@ -89,7 +89,9 @@ def _recall(path: Path, meta: dict[str, str]) -> tuple[dict, dict] | None:
     warnings.warn(f"the cache file {str(path)!r} is damaged ({why}) and made again", stacklevel=4)
     return None
 
-
+# %% ../nbs/02_data.ipynb #61e02ee8
+#| code-fold: true
+#| code-summary: "The cache: one process makes a file, and all read it"
 def _cached(path: Path, meta: dict[str, str], make: Callable) -> tuple[dict, dict]:
     """Tensors and metadata as `make()` returns them, from the file `path` where it holds these."""
     from safetensors import SafetensorError

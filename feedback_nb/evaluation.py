@@ -85,7 +85,9 @@ def _digests(parts: tuple) -> dict:
     named = zip(("train", "valid", "test"), parts)
     return {split: describe_data(part)["digest"] for split, part in named if part is not None}
 
-
+# %% ../nbs/04_evaluation.ipynb #7b8d0d1b
+#| code-fold: true
+#| code-summary: "What measure gave, beside a run"
 def _beside(row: dict, more: Any) -> dict:
     """What `measure` gave, under names that the row does not use itself; warns of changed ones."""
     more = dict(more) if isinstance(more, Mapping) else {"measured": more}

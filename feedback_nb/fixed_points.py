@@ -325,7 +325,7 @@ def _unit(w: Tensor, floor: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
     length = torch.linalg.vector_norm(w, dim=2, keepdim=True)
     return torch.where(length <= floor, 0.0, w / length), torch.where(length <= floor, 0.0, length)
 
-
+# %% ../nbs/00_fixed_points.ipynb #766ecfac
 @torch.no_grad()
 def lipschitz(
     f: Callable,  # the map; it may return another shape than it takes

@@ -293,7 +293,7 @@ def trace_calls(
             written.add(i)
     return [Call(*call, i in written) for i, call in enumerate(calls)], output
 
-
+# %% ../nbs/95_layers.ipynb #fa708d4f
 def settled_before(
     calls: list[Call],  # from `trace_calls`
     name: str,  # a layer that is going to be changed
@@ -387,7 +387,7 @@ def _why_no_state(layer, output, batch):
     if len(first) != batch:
         return f"returns {tuple(first.shape)} for a batch of {batch}; a state is (B, C, …)"
 
-
+# %% ../nbs/95_layers.ipynb #540f6973
 def plan_sites(
     net: nn.Module,
     names: list[str],  # layers; `ValueError` for one that does not exist, run or return a state

@@ -59,7 +59,7 @@ def _cross_entropy(loss):
     known = known or loss in (F.cross_entropy, F.nll_loss)
     return known, given.get("weight"), given.get("ignore_index", -100)
 
-
+# %% ../nbs/84_metrics.ipynb #4d95a2a2
 def _counts(loss, target):
     """For how many examples a batch counts: (in the mean loss, in the accuracy)."""
     known, weight, ignore = _cross_entropy(loss)

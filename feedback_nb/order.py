@@ -98,7 +98,7 @@ def _checked_pair(batch):
         raise ValueError(f"data must give pairs (input, target), got {type(batch).__name__}{count}")
     return tuple(batch)
 
-
+# %% ../nbs/96_order.ipynb #fca6938d
 class _Fetch(Dataset):
     """Answers a DataLoader's request for a batch by one index operation where the data set can."""
 
@@ -157,7 +157,7 @@ def batches(
     for share, (indices, batch) in zip(shares, loader):
         yield indices, share, batch
 
-
+# %% ../nbs/96_order.ipynb #b916f7f8
 def _loader_batches(loader, seed, epoch, start):
     if seed is None:
         yield from ((None, 1.0, batch) for batch in map(_checked_pair, loader))

@@ -23,7 +23,7 @@ from .fixed_points import fixed_point
 def _norm(channels):
     return nn.GroupNorm(1, channels)
 
-
+# %% ../nbs/61_peers.ipynb #f6f8147b
 class DEQ(FeedbackModel):
     """A classifier that reads the fixed point of one residual block, trained at that point."""
 
@@ -96,7 +96,7 @@ class Area(nn.Module):
     def forward(self, below, state):
         return self.mix(self.enter(below) + state)
 
-
+# %% ../nbs/61_peers.ipynb #5020e2b5
 class LocalRecurrence(FeedbackModel):
     """Areas in a row in the manner of CORnet-RT: each replaces its state, all at the same time."""
 

@@ -25,7 +25,7 @@ from .fixed_points import lipschitz
 
 # %% ../nbs/25_predictive.ipynb #cee134e7
 #| code-fold: true
-#| code-summary: "Checks of the input"
+#| code-summary: "Checks of the layers"
 class StepTooLarge(UserWarning):
     """Inference may climb: the step size is above the bound 2 / λ_max."""
 
@@ -60,7 +60,9 @@ def _need_layers(layers, example):
         h = new
     return layers
 
-
+# %% ../nbs/25_predictive.ipynb #5145eaea
+#| code-fold: true
+#| code-summary: "Checks of the numbers, and the target"
 def _numbers(value, n, what):
     """n positive numbers out of one or n."""
     values = list(value) if isinstance(value, Sequence) else [value] * n

@@ -196,7 +196,7 @@ def decode(name: str, data: bytes, mode: str = "RGB") -> Tensor:  # (C, H, W) ui
 def _picture(item: tuple[str, bytes], size: int | None) -> Tensor:
     return square(decode(*item), size)
 
-
+# %% ../nbs/93_readers.ipynb #0b7de7db
 def _pair(item: tuple[str, bytes, bytes], size: int | None) -> tuple[Tensor, Tensor]:
     """(name, image, mask) -> uint8 (3, H, W), and (H, W) with 1 where the mask is not black."""
     name, image, mask = item
@@ -279,7 +279,7 @@ def _english(path: Path) -> dict[str, str]:
             return {row["wnid"]: row["name"] for row in rows}
     return IMAGENETTE
 
-
+# %% ../nbs/93_readers.ipynb #c9868c45
 def read_photos(paths: dict, split: str, size: int | None) -> tuple:
     """One folder for each class, in a folder or an archive."""
     path, names, folders = paths[split][0], [], set()

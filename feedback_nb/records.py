@@ -94,7 +94,7 @@ def _content(*values: Any) -> str | None:
         return None
     return digest.hexdigest()[:12]
 
-
+# %% ../nbs/97_records.ipynb #b3f021b6
 def describe_data(data: Any) -> dict:
     """Name, size and a digest of what is iterated; the digest is None where there is no telling."""
     import torch
@@ -257,7 +257,7 @@ def read_lines(path: Path) -> list[dict]:
             raise _damaged(f"{path.name}, line {i},")
     return found
 
-
+# %% ../nbs/97_records.ipynb #b8934cb4
 def append_line(path: Path, line: dict) -> None:
     """One more run at the end of a file; what a killed writer left there is cut off."""
     text = json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n"

@@ -75,7 +75,7 @@ def fetch_weights(
     found = "the file at that address" if new else f"{path} (delete it, to try again)"
     raise ValueError(f"the name {name!r} holds no checksum of {found}")
 
-
+# %% ../nbs/34_released.ipynb #41166b2e
 def _unwrapped(state):
     """A state dict, whether at the top or under "model" or "state_dict"."""
     for key in ("model", "state_dict"):

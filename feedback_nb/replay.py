@@ -62,7 +62,7 @@ class Users(weakref.WeakSet):
     def __reduce__(self):
         return type(self), (list(self),)
 
-
+# %% ../nbs/90_replay.ipynb #141b8994
 class Running:
     """Inside the block, what stand-ins of one kind see as running in this thread."""
 
@@ -336,7 +336,7 @@ class Unrolled(nn.Module):
                 state = next(states)
         return state.y
 
-
+# %% ../nbs/90_replay.ipynb #94e49d66
 def wrapped(model: nn.Module) -> nn.Module:
     """Where layer names are looked up: the network that a model wraps, or the model itself."""
     known = ("backbone", "net") if hasattr(model, "replay") else ()

@@ -33,7 +33,7 @@ __all__ = ['noise_curve', 'corruption_curve', 'attack', 'fgsm_curve', 'pgd_curve
 
 # %% ../nbs/07_robustness.ipynb #7d6aa265
 #| code-fold: true
-#| code-summary: "Random numbers, and sums of the answers"
+#| code-summary: "Random numbers of a curve, and sums of the answers"
 def _seeded(seed: int):
     """A block with torch's random state from `seed`; put back after it."""
     stack = contextlib.ExitStack()
@@ -52,7 +52,9 @@ def _sums(outputs: list[torch.Tensor], y: torch.Tensor) -> torch.Tensor:
     mean = each.sum(2) / known.sum(1).clamp_min(1)
     return torch.cat([mean, known.any(1)[None]]).sum(1).double().cpu()
 
-
+# %% ../nbs/07_robustness.ipynb #0fe4212c
+#| code-fold: true
+#| code-summary: "One curve, and the range of the pixels"
 def _curve(model: nn.Module, data, column: str, levels: Sequence, changed: Callable,
            batch_size: int, steps: int | None) -> DataFrame:
     """Score the model on `changed(x, y)`, the inputs of all levels, in one pass over the data."""
@@ -85,7 +87,9 @@ def _limits(x: torch.Tensor, bounds: Sequence[float] | None) -> tuple[float, flo
                          f"{high:g}: normalise inside the model")
     return low, high
 
-
+# %% ../nbs/07_robustness.ipynb #f0983e31
+#| code-fold: true
+#| code-summary: "The sizes that were asked for"
 def _sizes(values: Iterable[float], name: str) -> list[float]:
     """Noise levels or radii as finite floats, none negative."""
     values = [float(v) for v in values]
@@ -244,7 +248,7 @@ def attack(
 
 # %% ../nbs/07_robustness.ipynb #cd089e91
 #| code-fold: true
-#| code-summary: "fgsm_curve and pgd_curve"
+#| code-summary: "fgsm_curve"
 def fgsm_curve(
     model: nn.Module,  # logits (B, C, …); gradients go through all feedback steps
     data,  # Dataset of (x, y), DataLoader, or a pair of tensors
@@ -273,7 +277,9 @@ def fgsm_curve(
                       "look at `masking_check`", RuntimeWarning, stacklevel=2)
     return curve
 
-
+# %% ../nbs/07_robustness.ipynb #e2d12402
+#| code-fold: true
+#| code-summary: "pgd_curve"
 def pgd_curve(
     model: nn.Module,  # logits (B, C, …); gradients go through all feedback steps
     data,  # Dataset of (x, y), DataLoader, or a pair of tensors

@@ -99,7 +99,7 @@ def _step(model, x, y, share, cut, loss, recipe):
         nn.utils.clip_grad_norm_([p for p in model.parameters() if p.dim()], recipe.clip)
     return seen
 
-
+# %% ../nbs/72_sharded.ipynb #b24aca9e
 def train_sharded(
     recipe: Recipe,  # of a ViT, plain or CBL; its average of weights is not kept
     root: str | Path,  # with the folder train

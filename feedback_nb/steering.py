@@ -302,7 +302,7 @@ class Search(NamedTuple):
 
 # %% ../nbs/35_steering.ipynb #da8398e0
 #| code-fold: true
-#| code-summary: "search: look for each class of every triplet"
+#| code-summary: "The looks of a search"
 def _looks(model: LRM, x, steers: list, steps: int | None):
     """Outputs of every pass, one steered call after the other; a plain first pass runs once."""
     steps = model.steps if steps is None else steps
@@ -319,7 +319,9 @@ def _looks(model: LRM, x, steers: list, steps: int | None):
             model.check(x, outputs, steer=steer)
         yield outputs
 
-
+# %% ../nbs/35_steering.ipynb #1b307ec7
+#| code-fold: true
+#| code-summary: "search: look for each class of every triplet"
 def search(
     model: LRM,
     x: torch.Tensor,  # (N, C, H, W) single pictures
