@@ -7,6 +7,7 @@ forking is safe after these imports; elsewhere every program starts cold, as it 
 """
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import json
@@ -45,7 +46,8 @@ class Starter:
         with self.lock:
             self.started += 1
             if self.started > COLD and sys.platform == "linux":
-                mine = self.fork(argv)
+                with contextlib.suppress(OSError):  # if the process that forks is gone: cold
+                    mine = self.fork(argv)
         if mine is None:
             return subprocess.run([sys.executable, "-c", *argv], env=self.env, text=True,
                                   stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,

@@ -16,7 +16,8 @@ sys.path.append(str(SCRIPTS))
 import book  # noqa: E402
 import warm  # noqa: E402
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere all start cold")
+pytestmark = [pytest.mark.process,
+              pytest.mark.skipif(sys.platform != "linux", reason="elsewhere all start cold")]
 ENV = dict(os.environ) | {"OMP_NUM_THREADS": "1"}
 
 
@@ -57,6 +58,15 @@ def test_one_that_fails_or_is_killed_leaves_the_others_alone(start):
         ends = list(pool.map(start, programs))
     assert [end.returncode for end in ends] == [1, -signal.SIGKILL, 0, 4]
     assert "ValueError: why" in ends[0].stdout and ends[2].stdout == "whole\n"
+
+
+def test_without_the_process_that_forks_it_starts_cold(monkeypatch):
+    monkeypatch.setattr(warm, "COLD", 0)
+    with warm.Starter(env=ENV) as start:
+        assert start("print(1)").stdout == "1\n"
+        start.server.kill()
+        start.server.wait()
+        assert start("print(2)").stdout == "2\n"
 
 
 def test_an_interrupt_reaches_the_program(tmp_path):
