@@ -19,14 +19,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import distributed, nn
+from torch.utils.data import Subset
 
 from .checkpoints import CheckpointError, write_weights
 from .checks import need_equal
 from .files import written_whole
 from .order import batch_order
 from .recipes import RECIPES, Recipe, build, recipe
-from .scaling import GPUS, estimate, pieces
+from .scaling import GPUS, PHOTOS, estimate, pieces
 from .shards import PackedPhotos, PhotoTree, mixing, pack, view
 from .training import Clip, History, evaluate, fit
 
@@ -42,12 +43,13 @@ def open_split(
     **options,  # of `Photos`: corrupt, device, workers; and `cache` for packed ones
 ) -> PhotoTree | PackedPhotos:
     """The photos of a split as the recipe shows them: packed where there is an index."""
-    place, r, training = Path(root) / split, recipe, split == "train"
+    place, r, training = Path(root).expanduser() / split, recipe, split == "train"
     kind = PackedPhotos if (place / "index.json").exists() else PhotoTree
-    if kind is PhotoTree:
-        options.pop("cache", None)
+    begun = kind is PhotoTree and (place / "plan.json").exists()
+    if begun or kind is PhotoTree and options.pop("cache", None):
+        raise ValueError(f"{str(place)!r} is not packed to its end: pack it, or leave cache out")
     photos = kind(place, r.classes, **options)
-    photos.transform = view(r.size, None, r.resize * r.size // 224)
+    photos.transform = view(r.size, None, r.resize)
     if training:
         sizes = r.sizes or (r.size,)
         photos.transforms = [view(size, r.augment, erase=r.erase) for size in sizes]
@@ -83,11 +85,11 @@ def optimizer(parameters, recipe):
               {"params": groups[1], "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
     if recipe.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=recipe.lr, momentum=0.9, nesterov=True)
+        return torch.optim.SGD(groups, lr=recipe.lr, momentum=0.9)
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer]
     return kind(groups, lr=recipe.lr)
 
-# %% ../nbs/70_imagenet.ipynb #0e30b811
+# %% ../nbs/70_imagenet.ipynb #4b7e90d3
 class Sizes:
     """A callback that tells the training photos the epoch; a resumed run goes on at its size."""
 
@@ -104,22 +106,36 @@ class Sizes:
         self.epoch = state["epoch"]
         self.set_epoch(self.epoch)
 
-
+# %% ../nbs/70_imagenet.ipynb #0e30b811
 class Average:
     """A callback that keeps an exponential moving average of weights and buffers."""
 
-    def __init__(self, model, decay, valid=None):  # valid: data that the average is tested on
+    # valid: photos that the average is tested on, by the loss and in the precision of the run
+    def __init__(self, model, decay, valid=None, loss=F.cross_entropy, bf16=False):
         from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
         how = get_ema_multi_avg_fn(decay)
         self.average = AveragedModel(model, multi_avg_fn=how, use_buffers=True)
-        self.valid = valid
+        self.valid, self.loss, self.bf16 = valid, loss, bf16
 
     def __call__(self, history, model):
-        if self.valid is not None:
-            device = next(model.parameters()).device
-            found = evaluate(self.average.module, self.valid, device=device)
-            history.rows[-1] |= {f"average_{key}": found[key] for key in ("loss", "accuracy")}
+        if self.valid is None:
+            return
+        average, device = self.average.module, next(model.parameters()).device
+        grouped = distributed.is_initialized()
+        rank, world = (distributed.get_rank(), distributed.get_world_size()) if grouped else (0, 1)
+        for buffer in average.buffers() if grouped else ():
+            distributed.broadcast(buffer, 0)  # batch norm counts per process, as in `fit`
+        mine = range(rank, len(self.valid), world)  # a process without a photo counts for nothing
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+            found = evaluate(average, Subset(self.valid, mine or range(1)), loss=self.loss,
+                             device=device, workers=self.valid.workers)
+        n = found["n"] if mine else 0
+        sums = torch.tensor([found["loss"] * n, found["accuracy"] * n, n], device=device).double()
+        if grouped:
+            distributed.all_reduce(sums)
+        loss, hits, n = sums.tolist()
+        history.rows[-1] |= {"average_loss": loss / n, "average_accuracy": hits / n}
 
     def after_step(self, model):
         self.average.to(next(model.parameters()).device).update_parameters(model)
@@ -156,22 +172,22 @@ def train(
 ) -> tuple[nn.Module, History]:  # the network, with averaged weights where the recipe says so
     """Train a recipe on as many processes as torchrun started, or go on with it."""
     r, world = recipe, int(os.environ.get("WORLD_SIZE", 1))
-    cut, folder = pieces(r.batch, world, micro), Path(checkpoint)
+    cut, folder = pieces(r.batch, world, micro), Path(checkpoint).expanduser()
     splits = [open_split(root, split, r, **options) for split in ("train", "val")]
     need_equal(splits[1].classes, splits[0].classes, "classes in val, or order of them")
     note_recipe(folder, r)
     torch.manual_seed(r.seed)
     model = build(r).to(memory_format=torch.channels_last)
     callbacks = [Sizes(splits[0])] + ([Clip(r.clip)] if r.clip else [])
-    callbacks += [Average(model, r.ema, splits[1])] if r.ema else []
-    steps = len(batch_order(len(splits[0]), r.batch))
     smooth = {"label_smoothing": r.smoothing} if r.smoothing else {}
+    loss = functools.partial(F.cross_entropy, **smooth) if smooth else F.cross_entropy
+    callbacks += [Average(model, r.ema, splits[1], loss, r.precision == "bf16")] if r.ema else []
+    steps = len(batch_order(len(splits[0]), r.batch))
     backend = {"backend": compile} if isinstance(compile, str) else {}
     history = fit(
         torch.compile(model, **backend) if compile else model, tuple(splits), epochs=r.epochs,
         batch_size=r.batch, optimizer=functools.partial(optimizer, recipe=r), seed=r.seed,
-        schedule=functools.partial(schedule, recipe=r, per_epoch=steps), accumulate=cut,
-        loss=functools.partial(F.cross_entropy, **smooth) if smooth else F.cross_entropy,
+        schedule=functools.partial(schedule, recipe=r, per_epoch=steps), accumulate=cut, loss=loss,
         precision=None if r.precision == "no" else r.precision, checkpoint=(folder, every),
         callbacks=callbacks, progress=sys.stderr.isatty())
     if r.ema:
@@ -198,14 +214,17 @@ def _parser():
     p.add_argument("--micro", type=int, help="photos that a device takes at a time")
     p.add_argument("--workers", type=int, default=8, help="reading processes of each device")
     p.add_argument("--cache", help="fast disk that shards are copied to")
-    p.add_argument("--decode", default="cpu", help="cuda: JPEGs are decoded on the GPU")
-    p.add_argument("--corrupt", default="stop", help="skip: leave damaged photos out, and count")
+    p.add_argument("--decode", default="cpu", choices=("cpu", "cuda"),
+                   help="cuda: JPEGs are decoded on the GPU, without --workers")
+    p.add_argument("--corrupt", default="stop", choices=("stop", "skip"),
+                   help="skip: leave damaged photos out, and count")
     p.add_argument("--compile", action="store_true", help="torch.compile")
     p.add_argument("--every", type=int, default=1000, help="steps between checkpoints")
     group = p.add_argument_group("settings of the recipe")
     for field in fields(Recipe):
         if field.name not in ("net", "level"):
-            group.add_argument(f"--{field.name}", type=_value, metavar="VALUE")
+            group.add_argument(f"--{field.name}", type=_value, metavar="VALUE",
+                               default=argparse.SUPPRESS)  # None is a value: --ema none
     return p
 
 
@@ -234,8 +253,9 @@ def show_list():
 
 def show_estimate(made, sources, asked):
     """Print what a run needs, each number with its formula."""
-    devices = asked.devices or int(os.environ.get("WORLD_SIZE", 1))
-    found = estimate(made, devices, asked.gpu, asked.micro)
+    devices = int(os.environ.get("WORLD_SIZE", 1)) if asked.devices is None else asked.devices
+    photos = len(open_split(asked.data, "train", made)) if asked.data else PHOTOS
+    found = estimate(made, devices, asked.gpu, asked.micro, photos=photos)
     changed = [f"{key} {getattr(made, key)}" for key in sources if sources[key] == "asked for"]
     how = ", ".join(changed) or "as named"
     print(f"{made.method} {made.net} on {devices} × {asked.gpu}, {how}")
@@ -243,6 +263,11 @@ def show_estimate(made, sources, asked):
     rows = [*found.rows, ("money", f"{money:,.0f}", f"hours × {devices} × {asked.price:g}")]
     for what, value, formula in rows:
         print(f"{what:14s} {value:>18s}   {formula}")
+    if asked.micro is None and found.micro < made.batch // devices:
+        print(f"A device does not hold its {made.batch // devices} photos of a step at once: "
+              f"give the run --micro {found.micro}")
+    if found.memory > GPUS[asked.gpu][1]:
+        print(f"This does not fit a {asked.gpu}: the run would end without memory")
 
 # %% ../nbs/70_imagenet.ipynb #7df4961b
 def main(
@@ -251,7 +276,7 @@ def main(
     """The command `feedback-nb-imagenet`."""
     asked = _parser().parse_args(argv)
     given = {key: value for key, value in vars(asked).items()
-             if key in Recipe.__dataclass_fields__ and value is not None}
+             if key in Recipe.__dataclass_fields__}
     try:
         if asked.list:
             return show_list() or 0
@@ -261,8 +286,11 @@ def main(
         if asked.data is None or not (asked.pack or asked.checkpoint):
             raise ValueError("--data and --checkpoint (or --pack) are needed; or take --dry-run")
         if asked.pack:
-            for split in ("train", "val"):
-                photos = PhotoTree(Path(asked.data) / split, made.classes, corrupt=asked.corrupt)
+            there = Path(asked.data).expanduser()
+            splits = {split: PhotoTree(there / split, made.classes, corrupt=asked.corrupt)
+                      for split in ("train", "val")}  # both are looked at before the first hour
+            need_equal(splits["val"].classes, splits["train"].classes, "classes in val")
+            for split, photos in splits.items():
                 index = pack(photos, Path(asked.pack) / split)
                 left = json.loads(index.read_text())["skipped"]
                 print(f"{index}, left out: {len(left)}", *left[:20])
@@ -271,7 +299,13 @@ def main(
                    "workers": 0 if asked.decode == "cuda" else asked.workers}
         train(made, asked.data, asked.checkpoint, asked.micro, asked.compile, asked.every,
               **options)
-    except (CheckpointError, OSError, RuntimeError, ValueError) as error:
-        print(f"feedback-nb-imagenet: {error}", file=sys.stderr)
+    except (CheckpointError, OSError, RuntimeError, ValueError, ArithmeticError) as error:
+        told = str(error).strip()
+        if "Original Traceback" in told:  # of a reading process: its last line is the error
+            told = told.splitlines()[-1]
+        print(f"feedback-nb-imagenet: {told}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt as error:
+        print(f"feedback-nb-imagenet: {error or 'interrupted'}", file=sys.stderr)
+        return 130
     return 0

@@ -31,7 +31,7 @@ class Recipe:
     steps: int = 0  # T, passes after the first
     epochs: int = 90
     batch: int = 256  # photos of an optimiser step, over all devices
-    optimizer: str = "sgd"  # "sgd" (Nesterov momentum 0.9), "adamw" or "adam"
+    optimizer: str = "sgd"  # "sgd" (momentum 0.9), "adamw" or "adam"
     lr: float = 0.1  # at its highest
     weight_decay: float = 1e-4  # not on biases and norms
     schedule: str = "steps"  # "steps": a tenth at each milestone; "cosine"; "one-cycle"
@@ -44,8 +44,8 @@ class Recipe:
     augment: str = "crop"  # "crop", "ra" or "ta_wide"; see `shards.view`
     erase: float = 0.0  # share of photos with a part erased
     ema: float | None = None  # decay of averaged weights
-    size: int = 224  # pixels on a side, in tests and in the last epochs
-    sizes: tuple = ()  # of the training photos, over equal parts of the run; (): `size`
+    size: int = 224  # pixels on a side, in tests, and in training where `sizes` is ()
+    sizes: tuple = ()  # of the training photos, over equal parts of the run
     resize: int = 256  # shorter side of a test photo before its middle is cut out
     precision: str = "bf16"  # or "no"
     classes: int = 1000
@@ -79,7 +79,7 @@ _TORCHVISION = {
     "vit-b16": _VIT,
     "convnext-t": {**_VIT, "epochs": 600, "batch": 1024, "lr": 1e-3, "weight_decay": 0.05,
                    "warmup": 5, "smoothing": 0.1, "augment": "ta_wide", "erase": 0.1,
-                   "clip": None, "resize": 232}}
+                   "clip": None, "resize": 232, "sizes": (176,)}}
 _CBL = {
     "resnet18": {"optimizer": "sgd", "lr": 0.1, "schedule": "steps", "milestones": (30, 60, 80),
                  "batch": 256, "epochs": 90},
@@ -109,6 +109,47 @@ def _layers(net, method, like):
     if like == "caps":
         yield "ours: the paper has no ImageNet", {"smoothing": 0.0, "mixup": 0.0, "cutmix": 0.0}
 
+# %% ../nbs/99_recipes.ipynb #5c1f70a2
+def _stretched(made, asked):
+    """What goes with the epochs or the size that is asked for: {source: settings}."""
+    need_number(1, whole=True, **{k: asked[k] for k in ("epochs", "size") if k in asked})
+    long, wide = (asked.get(k, getattr(made, k)) / getattr(made, k) for k in ("epochs", "size"))
+    ema = made.ema and round(max(0.0, 1 - (1 - made.ema) / long), 6)
+    return {
+        "stretched with the epochs": {
+            "milestones": tuple(round(m * long, 3) for m in made.milestones),
+            "warmup": round(made.warmup * long, 3), **({"ema": ema} if ema else {})}
+        if long != 1 else {},
+        "stretched with the size": {
+            "resize": int(made.resize * wide), "sizes": tuple(int(s * wide) for s in made.sizes)}
+        if wide != 1 else {}}
+
+# %% ../nbs/99_recipes.ipynb #9d3e8b14
+def _check(r, asked):
+    """ValueError for what means nothing, and for what the network or the schedule would ignore."""
+    for name, choices in CHOICES.items():
+        need_known(getattr(r, name), choices, f"value of {name}")
+    sizes = {f"sizes[{i}]": size for i, size in enumerate(r.sizes)}
+    need_number(1, whole=True, epochs=r.epochs, batch=r.batch, classes=r.classes, size=r.size,
+                **sizes)
+    need_number(r.size, whole=True, resize=r.resize)
+    need_number(0, whole=True, steps=r.steps, seed=r.seed)
+    need_number(0, weight_decay=r.weight_decay, mixup=r.mixup, cutmix=r.cutmix,
+                **{f"milestones[{i}]": epoch for i, epoch in enumerate(r.milestones)})
+    need_number(0, r.epochs, warmup=r.warmup)
+    need_number(0, 1, smoothing=r.smoothing, erase=r.erase, ema=r.ema or 0)
+    need_number(0, 1e300, strict=True, lr=r.lr, clip=1 if r.clip is None else r.clip)
+    ignored = {"steps": r.method not in ("cbl", "lrm"), "milestones": r.schedule != "steps"}
+    for key in ignored:
+        if ignored[key] and asked.get(key):
+            raise ValueError(f"{key} does nothing in {r.method} {r.net}, {r.schedule}; leave it out")
+    if r.sizes and r.net.startswith("vit"):
+        raise ValueError(f"{r.net} has a position for each patch: it takes no sizes, only size")
+    fits = {"fftnet": r.net == "vit-b16", "caps": not r.net.startswith("vit"),
+            "lrm": not r.level or r.net == "alexnet"}
+    if not fits.get(r.method, True):
+        raise ValueError(f"there is no {r.method} of {r.net}: take a name of RECIPES")
+
 # %% ../nbs/99_recipes.ipynb #3b8f6f8f
 def recipe(
     name: str,  # a key of RECIPES
@@ -121,20 +162,14 @@ def recipe(
     made, sources = Recipe(net, method, level), dict.fromkeys(known, "ours")
     for key in changes:
         need_known(key, known, "setting of a recipe")
-    layers = [*_layers(net, changes.get("method", method), method), ("asked for", changes)]
-    for source, settings in layers:
-        if source == "asked for" and "epochs" in settings:
-            scale = settings["epochs"] / made.epochs
-            stretched = {"milestones": tuple(round(m * scale, 3) for m in made.milestones),
-                         "warmup": round(made.warmup * scale, 3)}
-            made = replace(made, **stretched)
-            sources |= dict.fromkeys(stretched, "stretched with the epochs")
+    for key in {"milestones", "sizes"} & changes.keys():  # one number is a row of one
+        value = () if changes[key] is None else changes[key]
+        changes[key] = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    for source, settings in _layers(net, changes.get("method", method), method):
         made, sources = replace(made, **settings), sources | dict.fromkeys(settings, source)
-    for name, choices in CHOICES.items():
-        need_known(getattr(made, name), choices, f"value of {name}")
-    need_number(1, whole=True, epochs=made.epochs, batch=made.batch, classes=made.classes)
-    if made.sizes and made.net.startswith("vit"):
-        raise ValueError(f"{made.net} has a position for each patch: it takes no sizes, only size")
+    for source, settings in [*_stretched(made, changes).items(), ("asked for", changes)]:
+        made, sources = replace(made, **settings), sources | dict.fromkeys(settings, source)
+    _check(made, changes)
     return made, sources
 
 # %% ../nbs/99_recipes.ipynb #87b15c30

@@ -58,11 +58,11 @@ def saved_bytes(
     return sum(storage.nbytes() for storage in kept.values())
 
 # %% ../nbs/71_scaling.ipynb #c25f044d
-# as the vendor states them: dense bf16 operations (T4: fp16) a second, bytes of memory, and
-# float32 operations a second, without TF32
+# as the vendor states them: dense bf16 operations a second (a T4 has no bf16: those of float32),
+# bytes of memory, and float32 operations a second, without TF32
 GPUS = {"h200": (989e12, 141e9, 67e12), "h100": (989e12, 80e9, 67e12),
         "a100": (312e12, 80e9, 19.5e12), "l4": (121e12, 24e9, 30.3e12),
-        "t4": (65e12, 16e9, 8.1e12)}
+        "t4": (8.1e12, 16e9, 8.1e12)}
 PHOTOS, PHOTO_BYTES = 1_281_167, 110e3  # ImageNet's for training, and a JPEG of them
 _STATE = {"sgd": 1, "adam": 2, "adamw": 2}  # numbers that an optimiser keeps for each weight
 
@@ -72,7 +72,7 @@ class Estimate:
     """What a run needs; `rows` says how each number is made."""
 
     parameters: int
-    multiply_adds: int  # of a forward pass with all its feedback steps, for one photo
+    multiply_adds: int  # of a forward pass with all its feedback steps, for one training photo
     fixed: int  # bytes: weights, gradients, optimiser, average
     per_photo: float  # bytes kept for the backward pass, for each photo
     micro: int  # photos that a device takes at a time
@@ -89,7 +89,7 @@ def pieces(
     micro: int | None,  # photos that a device takes at a time; None: all of its share
 ) -> int:  # into how many each device cuts its share
     """Gradient accumulation; ValueError where the batch does not divide."""
-    need_number(1, whole=True, batch=batch, devices=devices, micro=micro or 1)
+    need_number(1, whole=True, batch=batch, devices=devices, micro=1 if micro is None else micro)
     share = batch // devices
     if batch % devices or share % (micro or share):
         found = f"batch {batch} over {devices} devices, {micro or share} photos at a time"
@@ -106,7 +106,8 @@ def _static_bytes(recipe, model):
     model, kept = model.to(dtype), []
     with mock.patch.object(F, "scaled_dot_product_attention", _flash):
         for n_photos in (2, 4):
-            x = torch.zeros(n_photos, 3, recipe.size, recipe.size, device="meta", dtype=dtype)
+            size = max(recipe.sizes or (recipe.size,))
+            x = torch.zeros(n_photos, 3, size, size, device="meta", dtype=dtype)
             kept.append(saved_bytes(model, x, torch.zeros(n_photos, device="meta").long()))
     slope = (kept[1] - kept[0]) / 2
     # bf16 copies of the weights live as long as the graph
@@ -117,7 +118,7 @@ def _peak(recipe, gpu):
     """Operations a second that a GPU is said to reach in the precision of a recipe."""
     return GPUS[gpu][0 if recipe.precision == "bf16" else 2]
 
-
+# %% ../nbs/71_scaling.ipynb #a3d07c51
 def estimate(
     recipe: Recipe,
     devices: int = 1,
@@ -129,10 +130,13 @@ def estimate(
 ) -> Estimate:
     """Memory, steps and hours of a recipe, counted on shapes alone."""
     need_known(gpu, GPUS, "GPU of the table")
+    need_number(1, whole=True, devices=devices, photos=photos)
     peak, room = _peak(recipe, gpu), GPUS[gpu][1]
     model = build(recipe, "meta")
     n = count_parameters(model)
-    macs = multiply_adds(model, torch.zeros(1, 3, recipe.size, recipe.size, device="meta"))
+    sizes = recipe.sizes or (recipe.size,)  # over equal parts of the run: their mean counts
+    macs = sum(multiply_adds(model, torch.zeros(1, 3, size, size, device="meta"))
+               for size in sizes) // len(sizes)
     fixed, per_photo = _static_bytes(recipe, model)
     share = recipe.batch // devices
     if micro is None and share:

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import shutil
 from pathlib import Path
@@ -77,6 +78,11 @@ def load_parts(folder, model, optimizer):
     return int(state["step"])
 
 # %% ../nbs/72_sharded.ipynb #0dbf12d2
+def _loss(output, y, smoothing):
+    """In whole width, as under autocast: in half of it a loss has three digits."""
+    return F.cross_entropy(output.float(), y, label_smoothing=smoothing)
+
+# %% ../nbs/72_sharded.ipynb #c94a6d37
 def _step(model, x, y, share, cut, loss, recipe):
     """Gradients of one process's part of a batch, in pieces."""
     seen = 0.0
@@ -111,7 +117,7 @@ def train_sharded(
     """Train a recipe whose network is cut over the processes that torchrun started."""
     from safetensors.torch import save_file
 
-    r, folder, gpu = recipe, Path(checkpoint), torch.cuda.is_available()
+    r, folder, gpu = recipe, Path(checkpoint).expanduser(), torch.cuda.is_available()
     if gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     distributed.init_process_group("nccl" if gpu else "gloo")
@@ -126,7 +132,7 @@ def train_sharded(
     if done := load_parts(folder, model, steps):
         rates.last_epoch = done - 1
         rates.step()
-    loss = functools.partial(F.cross_entropy, label_smoothing=r.smoothing)
+    loss = functools.partial(_loss, smoothing=r.smoothing)
     for epoch in range(done // per_epoch, r.epochs):
         photos.set_epoch(epoch)
         source = batches(photos, r.batch, seed=r.seed, epoch=epoch, start=done % per_epoch,
@@ -136,6 +142,9 @@ def train_sharded(
             device = next(model.parameters()).device
             steps.zero_grad()
             losses.append(_step(model, x.to(device), y.to(device), share, cut, loss, r))
+            if not math.isfinite(losses[-1]):
+                why = f"the loss is {losses[-1]} in step {done}"
+                raise FloatingPointError(f"{why}: lower lr or clip; {folder} has the steps before")
             steps.step()
             rates.step()
             done += 1

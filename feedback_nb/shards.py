@@ -188,11 +188,11 @@ class PhotoTree(Photos):
         n_classes: int = 1000,  # as for `class_folders`
         **options,  # of `Photos`
     ):
-        from torchvision.datasets import ImageFolder
+        from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder
 
         classes = class_folders(root, n_classes)
         numbers = {name: i for i, name in enumerate(classes)}
-        found = ImageFolder.make_dataset(str(root), numbers, (".jpeg", ".jpg", ".png"))
+        found = ImageFolder.make_dataset(str(root), numbers, IMG_EXTENSIONS)
         files, labels = zip(*found)
         self.root, self.files = Path(root), [os.path.relpath(file, root) for file in files]
         super().__init__(torch.tensor(labels), classes, **options)
@@ -220,9 +220,10 @@ def view(
     if augment is None:
         steps = [v2.Resize(resize, antialias=True), v2.CenterCrop(size)]
     else:
-        more = {"ra": [v2.RandAugment()], "ta_wide": [v2.TrivialAugmentWide()]}.get(augment, [])
+        how = {"interpolation": v2.InterpolationMode.BILINEAR}  # as torchvision's recipes have it
+        kinds = {"ra": [v2.RandAugment(**how)], "ta_wide": [v2.TrivialAugmentWide(**how)]}
         crop = v2.RandomResizedCrop(size, antialias=True)
-        steps = [crop, v2.RandomHorizontalFlip(), *more]
+        steps = [crop, v2.RandomHorizontalFlip(), *kinds.get(augment, [])]
     steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
     return v2.Compose(steps + [v2.RandomErasing(erase)] * (erase > 0))
 
@@ -267,12 +268,19 @@ def pack(
 ) -> Path:  # the index file, written last
     """Pack photos into WebDataset shards with an index of where each one begins."""
     need_number(1, whole=True, per_shard=per_shard)
-    folder, order = Path(folder), list(range(len(photos)))
+    folder, order = Path(folder).expanduser(), list(range(len(photos)))
     random.Random(seed).shuffle(order)
     parts = [order[i : i + per_shard] for i in range(0, len(order), per_shard)]
     plan = {"classes": photos.classes, "files": photos.files, "per_shard": per_shard, "seed": seed,
             "corrupt": photos.corrupt}
     folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):  # what another call is writing would look like what a killed one left
+        _write_shards(folder, photos, plan, parts, report)
+        return _write_index(folder, photos)
+
+# %% ../nbs/98_shards.ipynb #b81f2e60
+def _write_shards(folder, photos, plan, parts, report):
+    """The shards that are not there yet."""
     if not (folder / "plan.json").exists():
         with written_whole(folder / "plan.json", durable=True) as made:
             made.write_text(json.dumps(plan))
@@ -285,7 +293,6 @@ def pack(
             _write_shard(path, photos, part)
         if report:
             report(k + 1, len(parts))
-    return _write_index(folder, photos)
 
 # %% ../nbs/98_shards.ipynb #a18683ef
 def _write_index(folder, photos):
@@ -312,7 +319,11 @@ def _write_index(folder, photos):
 # %% ../nbs/98_shards.ipynb #03afba4b
 def _checked_index(folder, n_classes):
     """The index of packed photos, which must be whole and of these classes."""
-    about = json.loads((folder / "index.json").read_text())
+    try:
+        about = json.loads((folder / "index.json").read_text())
+        about["shards"], about["classes"]
+    except (ValueError, LookupError, TypeError):  # other tools have an index.json too
+        raise ValueError(f"{str(folder / 'index.json')!r} is none of pack: pack anew") from None
     need_equal(len(about["classes"]), n_classes, f"classes in {str(folder)!r}")
     if n_classes == 1000:
         need_equal(about["classes"], WNIDS, "ImageNet classes, or order of them")
@@ -351,10 +362,11 @@ class PackedPhotos(Photos):
     ):
         from safetensors.torch import load_file
 
-        folder = Path(folder)
-        about = _checked_index(folder, n_classes)
+        folder, about = Path(folder), _checked_index(Path(folder), n_classes)
         self.folder, self.window, self.cache = folder, window, cache and Path(cache)
         self.shards, rows = list(about["shards"]), load_file(folder / "rows.safetensors")["rows"]
+        # train and val, and the packs of other days, have shards of the same names
+        self.sums = [digest[:16] for _, digest in about["shards"].values()]
         self.shard, self.begin, self.size = rows[:, 0], rows[:, 1], rows[:, 2]
         super().__init__(rows[:, 3].clone(), about["classes"], **options)
 
@@ -367,7 +379,7 @@ class PackedPhotos(Photos):
         there = self.folder / self.shards[k]
         if self.cache is None:
             return there
-        here = self.cache / there.name
+        here = self.cache / f"{self.sums[k]}-{there.name}"
         if not here.exists():
             self.cache.mkdir(parents=True, exist_ok=True)
             with locked(self.cache):  # several readers may want it at once

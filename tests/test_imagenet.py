@@ -2,10 +2,14 @@
 import functools
 import json
 import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
 import tarfile
 import textwrap
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,7 +20,17 @@ from torch import nn
 from torchvision.io import encode_jpeg
 
 from feedback_nb import registry
-from feedback_nb.imagenet import Average, main, open_split, optimizer, rate, train
+from feedback_nb.checkpoints import read_weights
+from feedback_nb.imagenet import (
+    Average,
+    Sizes,
+    _parser,
+    main,
+    open_split,
+    optimizer,
+    rate,
+    train,
+)
 from feedback_nb.recipes import RECIPES, Recipe, build, recipe
 from feedback_nb.scaling import GPUS, all_reduce, estimate, loss_of, pieces, saved_bytes, scaled
 from feedback_nb.training import History, evaluate
@@ -77,6 +91,31 @@ def test_papers_say_what_they_say_and_the_rest_is_marked():
     assert not any("paper" in s for s in recipe("fftnet-vit-b16")[1].values())
 
 
+def test_torchvisions_recipes_are_torchvisions():
+    made, sources = recipe("convnext-t")  # --train-crop-size 176 --val-resize-size 232
+    assert (made.sizes, made.size, made.resize) == ((176,), 224, 232)
+    assert sources["sizes"] == sources["resize"] == "torchvision's reference recipe"
+    sgd = optimizer(list(nn.Linear(2, 2).parameters()), recipe("resnet50")[0])
+    assert all(g["momentum"] == 0.9 and not g["nesterov"] for g in sgd.param_groups)
+
+
+def test_a_short_run_forgets_its_first_weights():
+    long, short = recipe("vit-b16")[0], recipe("vit-b16", epochs=9)[0]
+    steps = 1_281_167 // long.batch
+    for made in (long, short):
+        assert made.ema ** (made.epochs * steps) < 1e-6
+    assert recipe("vit-b16", epochs=9, ema=0.9)[0].ema == 0.9
+    assert recipe("vit-b16", epochs=9, ema=None)[0].ema is None
+
+
+def test_the_size_before_the_crop_follows_the_size_or_is_as_asked_for(photos):
+    for changes, resize in (({}, 73), ({"resize": 70}, 70)):
+        made, _ = recipe("resnet18", classes=3, size=64, **changes)
+        assert made.resize == resize
+        assert open_split(photos, "val", made).transform.transforms[0].size == [resize]
+    assert recipe("resnet18", sizes=32, milestones=5)[0].sizes == (32,)
+
+
 def test_settings_change_and_the_schedule_follows_the_epochs():
     made, sources = recipe("cbl-resnet18", epochs=9, lr=0.5)
     assert made.milestones == (3, 6, 8) and sources["lr"] == "asked for"
@@ -93,7 +132,15 @@ def replaced(made):
 @pytest.mark.parametrize("name,changes,named", [
     ("cbl-resnet-18", {}, "cbl-resnet18"), ("resnet18", {"epoch": 3}, "epochs"),
     ("resnet18", {"method": "cpl"}, "cbl"), ("resnet18", {"optimizer": "adamx"}, "adamw"),
-    ("resnet18", {"epochs": 0}, "epochs"), ("vit-b16", {"sizes": (32, 64)}, "vit-b16")])
+    ("resnet18", {"epochs": 0}, "epochs"), ("vit-b16", {"sizes": (32, 64)}, "vit-b16"),
+    ("resnet18", {"epochs": "ten"}, "epochs"), ("resnet18", {"lr": None}, "lr"),
+    ("resnet18", {"weight_decay": "1e-4x"}, "weight_decay"), ("resnet18", {"seed": -1}, "seed"),
+    ("resnet18", {"sizes": (32, None)}, "sizes"), ("cbl-resnet18", {"steps": 2.5}, "steps"),
+    ("resnet18", {"resize": 200}, "resize"), ("resnet18", {"warmup": 91}, "warmup"),
+    # what the network or the schedule would not look at
+    ("resnet18", {"steps": 4}, "steps"), ("vit-b16", {"milestones": (30, 60)}, "milestones"),
+    ("resnet18", {"method": "fftnet"}, "fftnet"), ("vit-b16", {"method": "caps"}, "caps"),
+    ("lrm3-alexnet", {"net": "resnet18"}, "lrm")])
 def test_what_does_not_exist_is_refused_with_what_does(name, changes, named):
     with pytest.raises(ValueError, match=named):
         recipe(name, **changes)
@@ -123,7 +170,8 @@ def test_a_dry_run_of_the_largest_recipe_needs_less_than_four_gigabytes():
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("name", ["resnet18", "cbl-resnet18", "lrm-resnet18", "convnext-t"])
 def test_memory_is_within_fifteen_percent_of_the_measured(name, precision):
-    batch, options = 8, {"classes": 10, "size": 64, "precision": precision, "ema": None}
+    batch = 8
+    options = {"classes": 10, "size": 64, "sizes": (), "precision": precision, "ema": None}
     made, _ = recipe(name, batch=batch, **options)
     torch.manual_seed(0)
     model, x, y = build(made), torch.rand(batch, 3, 64, 64), torch.zeros(batch).long()
@@ -136,6 +184,37 @@ def test_memory_is_within_fifteen_percent_of_the_measured(name, precision):
     tensors += [v for state in steps.state.values() for v in state.values() if torch.is_tensor(v)]
     measured = saved + sum(t.numel() * t.element_size() for t in tensors)
     assert estimate(made, 1, micro=batch).memory == pytest.approx(measured, rel=0.15)
+
+
+def test_smaller_training_photos_cost_less_and_larger_ones_take_more_memory():
+    whole, small, large = (estimate(recipe("resnet18", sizes=sizes)[0], micro=256)
+                           for sizes in ((), (112, 224), (320,)))
+    assert small.work == pytest.approx(whole.work * 0.625, rel=0.02)
+    assert small.memory == whole.memory < large.memory / 1.5
+
+
+def dry(*args):
+    return main(["--dry-run", "--recipe", "resnet18", "--classes", "3", "--size", "64", *args])
+
+
+def test_a_dry_run_tells_of_the_run_it_is_asked_about(photos, capsys):
+    assert dry("--data", str(photos), "--batch", "8") == 0
+    assert "⌈21 / 8⌉" in capsys.readouterr().out
+    assert dry("--batch", "65536", "--gpu", "l4") == 0
+    out = capsys.readouterr().out
+    at_once = int(re.search(r"at once +(\d+) photos", out)[1])
+    assert at_once < 65536 and f"--micro {at_once}" in out  # else the run would take all of them
+    assert dry("--batch", "65536", "--gpu", "l4", "--micro", str(at_once)) == 0
+    assert "--micro" not in capsys.readouterr().out
+    for option in ("--devices", "--micro"):
+        assert dry(option, "0") == 1
+        assert option.strip("-") in capsys.readouterr().err
+
+
+def test_none_is_a_value(capsys):
+    assert main(["--dry-run", "--recipe", "vit-b16", "--ema", "none", "--clip", "none"]) == 0
+    assert "clip None, ema None" in capsys.readouterr().out
+    assert dry("--lr", "none") == 1 and "lr" in capsys.readouterr().err
 
 
 def test_a_batch_that_does_not_divide_is_refused_with_one_that_does():
@@ -155,9 +234,11 @@ def test_rings_and_hours_by_hand():
 
 
 def test_float32_is_timed_at_the_float32_peak_and_bf16_at_the_other():
-    for precision, peak in (("no", 8.1e12), ("bf16", 65e12)):
+    # a T4 has no bf16
+    for precision, gpu, peak in (("no", "l4", 30.3e12), ("bf16", "l4", 121e12),
+                                 ("no", "t4", 8.1e12), ("bf16", "t4", 8.1e12)):
         made, _ = recipe("resnet18", epochs=1, batch=8, precision=precision)
-        how = {"gpu": "t4", "utilisation": 0.5, "photos": 8000}
+        how = {"gpu": gpu, "utilisation": 0.5, "photos": 8000}
         row, = scaled(made, [1], readers=1e9, **how)
         work = 2 * 3 * 1_814_073_344 * 8000 / (peak * 0.5) / 3600
         assert row["computing"] == pytest.approx(work, rel=1e-3)
@@ -207,6 +288,86 @@ def test_splits_are_shown_as_the_recipe_says(photos):
 
 
 # ------------------------------------------------------------------ whole runs
+
+def test_the_average_is_tested_by_the_loss_of_the_run(photos, tmp_path):
+    made, _ = recipe("resnet18", classes=3, size=32, batch=8, epochs=1, precision="no", ema=0.9,
+                     smoothing=0.5)
+    model, history = train(made, photos, tmp_path / "run")
+    loss = nn.CrossEntropyLoss(label_smoothing=0.5)
+    told = evaluate(model, open_split(photos, "val", made), loss=loss)
+    assert history.rows[-1]["average_loss"] == pytest.approx(told["loss"])
+
+
+def test_a_loss_that_is_not_finite_and_an_interruption_are_told(photos, tmp_path, capsys,
+                                                                monkeypatch):
+    how = ["--recipe", "resnet18", "--epochs", "1", *SMALL, "--data", str(photos), "--checkpoint"]
+    assert main([*how, str(tmp_path / "a"), "--lr", "1e30"]) == 1
+    assert "the loss is" in capsys.readouterr().err
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Sizes, "after_step", stop, raising=False)
+    assert main([*how, str(tmp_path / "b")]) == 130
+    assert str(tmp_path / "b") in capsys.readouterr().err  # how to go on
+
+
+def test_a_damaged_photo_in_a_reading_process_is_told_in_one_line(tmp_path, capsys):
+    make_photos(tmp_path / "photos", train=8, classes=("ant", "bee"))
+    (tmp_path / "photos" / "train" / "bee" / "bee_1.JPEG").write_bytes(b"no photo")
+    where = ["--data", str(tmp_path / "photos"), "--checkpoint", str(tmp_path / "run")]
+    assert main(["--recipe", "resnet18", *SMALL, "--classes", "2", "--workers", "1", *where]) == 1
+    err = capsys.readouterr().err
+    assert "bee_1.JPEG" in err and "Traceback" not in err
+
+
+def test_photos_that_are_not_packed_to_their_end_are_told_and_have_no_cache(tmp_path):
+    made, _ = recipe("resnet18", classes=3, size=32)
+    make_photos(tmp_path)
+    assert len(open_split(tmp_path, "train", made, cache=None)) == 21
+    with pytest.raises(ValueError, match="cache"):
+        open_split(tmp_path, "train", made, cache=tmp_path / "fast")
+    (tmp_path / "train" / "plan.json").write_text("{}")  # what a killed pack leaves
+    with pytest.raises(ValueError, match="pack"):
+        open_split(tmp_path, "train", made)
+
+
+def test_both_splits_are_looked_at_before_one_is_packed(tmp_path, capsys):
+    make_photos(tmp_path / "photos")
+    shutil.rmtree(tmp_path / "photos" / "val")
+    how = ["--classes", "3", "--data", str(tmp_path / "photos"), "--pack", str(tmp_path / "packed")]
+    assert main(how) == 1 and "val" in capsys.readouterr().err
+    assert not (tmp_path / "packed").exists()
+
+
+def test_the_script_for_a_cluster_starts_the_command_and_goes_back_into_the_queue(tmp_path):
+    script = Path(__file__).parents[1] / "examples" / "imagenet.slurm"
+    out = re.search(r"--output=(\S+)", script.read_text())[1]
+    assert "/" not in out  # a folder that is not there ends a job before its first line
+    fake = {"scontrol": 'echo "$@" >> told; test "$1" = requeue || echo node-1',
+            "srun": 'echo "$@" > started; exec sleep 60'}
+    for name, lines in fake.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{lines}\n")
+        (tmp_path / name).chmod(0o755)
+    environ = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7",
+                            "SLURM_NNODES": "4", "SLURM_JOB_NODELIST": "node-[1-4]",
+                            "SLURM_GPUS_ON_NODE": "8", "SLURM_CPUS_PER_TASK": "128"}
+    job = subprocess.Popen(["bash", script, "cbl-vit-b16", "/photos", "--micro", "64"],
+                           cwd=tmp_path, env=environ)
+    for _ in range(600):
+        if (tmp_path / "started").exists() and (tmp_path / "started").read_text():
+            break
+        time.sleep(0.1)
+    words = (tmp_path / "started").read_text().split()
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(60) != 0
+    assert (tmp_path / "told").read_text().splitlines()[-1] == "requeue 7"
+    assert words[:2] == ["--cpus-per-task", "128"]  # srun does not take it from sbatch
+    start = words.index("feedback-nb-imagenet")
+    asked = _parser().parse_args(words[start + 1:])
+    assert (asked.recipe, asked.data, asked.micro) == ("cbl-vit-b16", "/photos", 64)
+    assert "7" in asked.checkpoint and "node-1:29500" in words
+
 
 def weights(folder):
     return (Path(folder) / "weights.safetensors").read_bytes()
@@ -297,6 +458,12 @@ def after_step(self, model):
     if mine and attempt < len(at) and steps == at[attempt]:
         os.kill(os.getpid(), signal.SIGKILL)
 imagenet.Sizes.after_step = after_step
+evaluate = imagenet.evaluate
+def telling(*args, **options):
+    found = evaluate(*args, **options)
+    print("tested", found["n"])
+    return found
+imagenet.evaluate = telling
 sys.exit(imagenet.main(sys.argv[1:]))
 """
 
@@ -358,9 +525,14 @@ def test_processes_that_hang_are_ended_and_tell_where_they_stood():
 def test_a_run_goes_on_with_another_number_of_processes(photos, tmp_path):
     how = [w if w != "7" else "8" for w in killable(photos, tmp_path / "run")]
     assert run(KILLED, *how, check=False, KILL="4").returncode == -9
-    run(KILLED, *how, world=2)
+    told = re.findall(r"tested (\d+)", run(KILLED, *how, world=2).stdout)
     history = History.read(tmp_path / "run").frame
     assert len(history) == 2 and history["train_loss"].notna().all()
+    assert sorted(told) == ["4", "5"]  # of nine photos each once, and not all by each process
+    made, _ = recipe("lrm-resnet18", classes=3, size=64)
+    read_weights(model := build(made), tmp_path / "run" / "weights.safetensors")
+    average = evaluate(model, open_split(photos, "val", made))
+    assert history["average_loss"].iloc[-1] == pytest.approx(average["loss"], rel=1e-4)
 
 
 def test_a_full_disk_loses_no_more_than_a_checkpoint(photos, tmp_path, monkeypatch, capsys):

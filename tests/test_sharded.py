@@ -15,8 +15,10 @@ recipes.torchvision_net = lambda name, classes, image_size: VisionTransformer(
     image_size, 16, 2, 2, 32, 64, num_classes=classes)
 kind, method, photos, folder = sys.argv[1:]
 kill, rank = int(os.environ.get("KILL", 0)), os.environ["RANK"]
-r, _ = recipes.recipe("vit-h14", method=method, steps=2, classes=3, size=32, batch=8, epochs=2,
-                      precision="no", ema=None, optimizer="sgd", lr=0.1)
+steps = {"steps": 2} if method == "cbl" else {}
+r, _ = recipes.recipe("vit-h14", method=method, **steps, classes=3, size=32, batch=8, epochs=2,
+                      precision=os.environ.get("PRECISION", "no"), ema=None, optimizer="sgd",
+                      lr=float(os.environ.get("LR", 0.1)))
 if kind == "whole":
     imagenet.train(r, photos, folder, 2)
 else:
@@ -51,6 +53,18 @@ def test_cut_into_parts_it_ends_where_data_parallel_ends(photos, tmp_path, metho
     assert len(shared) > 20 and not [k for k in whole.keys() - cut.keys() if "weight" in k]
     for key in shared:
         torch.testing.assert_close(cut[key], whole[key], atol=2e-5, rtol=1e-3)
+
+
+def test_in_half_width_the_loss_is_still_computed_in_whole_width(photos, tmp_path):
+    done = run(SCRIPT, "cut", "cbl", photos, tmp_path / "cut", world=1, PRECISION="bf16")
+    losses = torch.tensor(json.loads(done.stdout.splitlines()[-1]))
+    assert losses.isfinite().all() and (losses != losses.bfloat16()).all()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(photos, tmp_path):
+    done = run(SCRIPT, "cut", "plain", photos, tmp_path, world=1, check=False, LR="1e30")
+    assert done.returncode != 0 and "FloatingPointError" in done.stderr
+    assert not (tmp_path / "weights.safetensors").exists()
 
 
 def test_killed_and_cut_differently_it_goes_on(photos, tmp_path):

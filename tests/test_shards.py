@@ -5,7 +5,9 @@ import os
 import subprocess
 import sys
 import tarfile
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import torch
 from processes import torchrun
 from torchvision.io import encode_jpeg
 
+from feedback_nb.order import batches
 from feedback_nb.shards import (
     WNIDS,
     PackedPhotos,
@@ -162,7 +165,23 @@ def test_a_killed_pack_goes_on_and_writes_no_shard_twice(tree, tmp_path):
     (tmp_path / "cut" / ".shard-00007.tar.123.tmp").mkdir()  # what a kill inside leaves
     index = pack(tree, tmp_path / "cut", per_shard=2)
     assert json.loads(index.read_text()) == json.loads(whole.read_text())
-    assert not list(index.parent.glob(".*"))
+    assert not list(index.parent.glob(".*.tmp"))
+
+
+def test_two_calls_of_pack_at_once_do_not_take_each_others_files_away(tree, tmp_path):
+    folder, second = tmp_path / "packed", []
+
+    class Slow(PhotoTree):
+        def read(self, i):
+            if not second:  # the first call is in the middle of its first shard
+                second.append(pool.submit(pack, tree, folder, per_shard=4))
+                time.sleep(0.5)
+            return super().read(i)
+
+    with ThreadPoolExecutor(1) as pool:
+        index = pack(Slow(tree.root, 3), folder, per_shard=4)
+        assert second[0].result() == index
+    assert len(PackedPhotos(folder, 3)) == 15
 
 
 def test_pack_refuses_shards_of_something_else_and_names_damage(tree, tmp_path):
@@ -192,6 +211,13 @@ def test_shards_that_are_cut_or_missing_or_of_other_classes_are_refused(tree, tm
         PackedPhotos(folder, 3)
 
 
+@pytest.mark.parametrize("text", ["", "[]", '{"chunks": [], "config": {}}'])
+def test_an_index_of_another_tool_is_refused(tmp_path, text):
+    (tmp_path / "index.json").write_text(text)
+    with pytest.raises(ValueError, match="index.json"):
+        PackedPhotos(tmp_path, 3)
+
+
 def test_a_full_disk_leaves_no_half_shard(tree, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -199,7 +225,7 @@ def test_a_full_disk_leaves_no_half_shard(tree, tmp_path, monkeypatch):
     monkeypatch.setattr(tarfile.TarFile, "addfile", full)
     with pytest.raises(OSError, match="No space"):
         pack(tree, tmp_path / "packed")
-    assert [p.name for p in (tmp_path / "packed").iterdir()] == ["plan.json"]
+    assert {p.name for p in (tmp_path / "packed").iterdir()} - {".lock"} == {"plan.json"}
     monkeypatch.undo()
     assert len(PackedPhotos(pack(tree, tmp_path / "packed").parent, 3)) == 15
 
@@ -208,10 +234,19 @@ def test_a_cache_holds_whole_shards(tree, tmp_path):
     folder = pack(tree, tmp_path / "packed", per_shard=4).parent
     packed = PackedPhotos(folder, 3, cache=tmp_path / "fast", transform=corner)
     packed.__getitems__([0, 1])
-    assert [p.name for p in (tmp_path / "fast").glob("*.tar")] == ["shard-00000.tar"]
+    assert [p.name[-15:] for p in (tmp_path / "fast").glob("*.tar")] == ["shard-00000.tar"]
     for shard in folder.glob("*00000.tar"):
         shard.unlink()
     assert packed.__getitems__([0, 1])[0].shape == (2, 3, 16, 16)
+
+
+def test_train_and_val_share_a_cache_and_each_finds_its_own_photos(tmp_path):
+    for seed, split in enumerate(("train", "val")):  # both have a shard-00000.tar
+        tree = PhotoTree(make_folder(tmp_path / split, ["ant", "bee"], photos=3 + seed), 2)
+        folder = pack(tree, tmp_path / "packed" / split).parent
+        packed = PackedPhotos(folder, 2, cache=tmp_path / "fast")
+        assert Counter(map(packed.read, range(len(tree)))) == Counter(
+            map(tree.read, range(len(tree))))
 
 
 def test_a_window_mixes_few_shards_and_loses_nothing():
@@ -221,6 +256,22 @@ def test_a_window_mixes_few_shards_and_loses_nothing():
     assert order != windowed(shard, 2, "other")
     open_at = [len(set(shard[order[k : k + 40]].tolist())) for k in range(0, 200, 40)]
     assert open_at == [2] * 5
+
+
+def test_a_run_on_packed_photos_reads_them_window_by_window(tree, tmp_path):
+    folder = pack(tree, tmp_path / "packed", per_shard=1).parent
+    packed = PackedPhotos(folder, 3, window=3, transform=corner)
+    read = [i for indices, _, _ in batches(packed, 4, seed=0, epoch=1) for i in indices]
+    assert read == packed.order(0, 1) and sorted(read) == list(range(15))
+
+
+@pytest.mark.parametrize("suffix", ["webp", "bmp", "tif"])
+def test_a_photo_that_imagefolder_would_find_is_found(tree, suffix):
+    from PIL import Image
+
+    Image.new("RGB", (24, 24)).save(tree.root / "bee" / f"new.{suffix}")
+    found = PhotoTree(tree.root, 3, transform=corner)
+    assert len(found) == 16 and found[found.files.index(f"bee/new.{suffix}")][1] == 1
 
 
 # ------------------------------------------------------------------ what a network sees
@@ -235,6 +286,11 @@ def test_views_have_one_size_and_repeat_with_the_seed(tree, augment):
         seen.append(look(photo))
     assert seen[0].shape == (3, 16, 16) and seen[0].dtype == torch.float32
     torch.testing.assert_close(*seen, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("augment", ["ra", "ta_wide"])
+def test_augmented_photos_are_interpolated_as_in_torchvisions_recipes(augment):
+    assert view(16, augment).transforms[2].interpolation.value == "bilinear"
 
 
 def test_mixed_labels_are_distributions():
