@@ -68,9 +68,12 @@ def run_all(root: Path, paths: list[Path], out: Path, jobs: int,
         if book := kept(path, copy, key):
             return path, book, "", True
         copy.unlink(missing_ok=True)
-        done = start(EXECUTE, root, path, copy, key)
-        book = json.loads(
-            copy.read_text(encoding="utf-8"))["metadata"]["book"] if copy.is_file() else None
+        for run in (start, start.cold):  # a failure is never that of a fork alone
+            done = run(EXECUTE, root, path, copy, key)
+            book = json.loads(
+                copy.read_text(encoding="utf-8"))["metadata"]["book"] if copy.is_file() else None
+            if not (book and book["failed"]) or done.args[0] == sys.executable:
+                break
         return path, book, done.stdout, False
 
     with in_turn(jobs) as pool:

@@ -14,16 +14,18 @@ from pathlib import Path
 
 from book import in_turn
 from project import notebooks
-from warm import Starter
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-# a process for each notebook: nbdev_test re-uses its workers with what they leave
-ONE = ("import sys; from nbdev.test import nbdev_test; "
-       "nbdev_test.__wrapped__(path=sys.argv[1], n_workers=0)")
-COMMON = ("torch", "torch._dynamo", "torchvision", "pandas", "sklearn.datasets", "scipy.stats",
-          "matplotlib.pyplot", "matplotlib.animation", "IPython", "nbdev.test")
+def one(path: Path) -> tuple[Path, int, str, float]:
+    """A process for each notebook: nbdev_test re-uses its workers with what they leave."""
+    start = time.perf_counter()
+    code = ("import sys; from nbdev.test import nbdev_test; "
+            "nbdev_test.__wrapped__(path=sys.argv[1], n_workers=0)")
+    done = subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, capture_output=True,
+                          text=True)
+    return path, done.returncode, done.stdout + done.stderr, time.perf_counter() - start
 
 
 def main() -> int:
@@ -39,13 +41,7 @@ def main() -> int:
                                *sys.argv[1:]], cwd=ROOT).returncode
     paths = notebooks(ROOT)
     print(f"Testing {len(paths)} notebooks, {jobs} at a time.", flush=True)
-    os.chdir(ROOT)
-    with Starter(*COMMON, env=dict(os.environ)) as warm, in_turn(jobs) as pool:
-        def one(path: Path) -> tuple[Path, int, str, float]:
-            begin = time.perf_counter()
-            done = warm(ONE, path)
-            return path, done.returncode, done.stdout, time.perf_counter() - begin
-
+    with in_turn(jobs) as pool:
         for path, code, said, seconds in pool.map(one, paths):
             print(f"  {path.stem:<28}{'ok' if code == 0 else 'FAILED':>7} {seconds:>7.1f} s",
                   flush=True)

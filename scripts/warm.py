@@ -49,13 +49,16 @@ class Starter:
                 with contextlib.suppress(OSError):  # if the process that forks is gone: cold
                     mine = self.fork(argv)
         if mine is None:
-            return subprocess.run([sys.executable, "-c", *argv], env=self.env, text=True,
-                                  stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                  stderr=subprocess.STDOUT)
+            return self.cold(*argv)
         with mine, mine.makefile("rb") as lines:
             said, end, ended = lines.read().decode(errors="replace").rpartition("\0")
         return subprocess.CompletedProcess(argv, int(ended) if end else -signal.SIGKILL,
                                            said if end else ended)
+
+    def cold(self, code: str, *args: object) -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, "-c", code, *map(str, args)], env=self.env,
+                              text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT)
 
     def fork(self, argv: list[str]) -> socket.socket:
         """Have it forked; its output comes from the socket, and last a zero and how it ended."""

@@ -114,3 +114,17 @@ def test_a_notebook_is_executed_as_when_it_starts_cold(tmp_path, monkeypatch):
     assert found["warm", "00_first"][1] is None and "image/png" in str(found["warm", "00_first"])
     for way in ("cold", "warm"):
         assert found[way, "10_second"][1]["error"][0] == "DeadKernel"
+
+
+def test_what_fails_in_a_fork_alone_is_executed_cold(tmp_path, monkeypatch):
+    monkeypatch.setattr(warm, "COLD", 0)
+    root = small_project.make(tmp_path / "mini")
+    path = root / "nbs" / "10_second.ipynb"
+    path.write_text(path.read_text(encoding="utf-8").replace(
+        '"print(f\\"area', '"import sys; assert \'warm\' not in sys.modules\\n", "print(f\\"area'),
+        encoding="utf-8")
+    env = ENV | {"PYTHONPATH": str(root), "MPLBACKEND": book.BACKEND, "TQDM_DISABLE": "1"}
+    with warm.Starter("ipykernel.kernelapp", env=env) as start:
+        state = book.run_all(root, [path], tmp_path / "out", 1, start)
+        assert start.door, "it was tried in a fork"
+    assert state["10_second"]["failed"] is None
