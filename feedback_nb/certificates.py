@@ -99,7 +99,11 @@ def _average_bound(pool: nn.Module, x: Tensor) -> float:
 def _layer_bound(name: str, layer: nn.Module, x: Tensor) -> float:
     """Upper bound on the Lipschitz constant of one layer for inputs like `x`, in eval mode."""
     kind = next(k for k in type(layer).__mro__ if k.__module__.startswith("torch.nn.modules."))
-    known = type(layer).forward is kind.forward and not _hooked(layer)
+    same = (getattr(type(layer), f, None) is getattr(kind, f, None)
+            for f in ("forward", "_conv_forward"))
+    # without channels a pool would take the batch for them, and rows for pictures
+    bare = "Pool" in kind.__name__ and x.dim() != 2 + int(kind.__name__[-2])
+    known = all(same) and not bare and not _hooked(layer)
     stem = re.sub(r"[123]d$", "", kind.__name__) if known else ""
     if stem in _SLOPES:
         return _SLOPES[stem]
@@ -116,7 +120,7 @@ def _layer_bound(name: str, layer: nn.Module, x: Tensor) -> float:
         each = [[v] * (x.dim() - 2) if isinstance(v, int) else v
                 for v in (layer.kernel_size, layer.stride, layer.dilation)]
         return math.sqrt(math.prod(-(-k * math.gcd(s, m) // s) for k, s, m in zip(*each)))
-    what = type(layer).__name__ + " with hooks" * _hooked(layer)
+    what = type(layer).__name__ + " with hooks" * _hooked(layer) + " without channels" * bare
     raise ValueError(f"lipschitz_upper knows no bound for layer {name!r}, {what}.")
 
 # %% ../nbs/09_certificates.ipynb #bd560cac

@@ -142,7 +142,8 @@ def _check(r, asked):
     ignored = {"steps": r.method not in ("cbl", "lrm"), "milestones": r.schedule != "steps"}
     for key in ignored:
         if ignored[key] and asked.get(key):
-            raise ValueError(f"{key} does nothing in {r.method} {r.net}, {r.schedule}; leave it out")
+            what = f"{r.method} {r.net}, {r.schedule}"
+            raise ValueError(f"{key} does nothing in {what}; leave it out")
     if r.sizes and r.net.startswith("vit"):
         raise ValueError(f"{r.net} has a position for each patch: it takes no sizes, only size")
     fits = {"fftnet": r.net == "vit-b16", "caps": not r.net.startswith("vit"),

@@ -60,6 +60,8 @@ def describe_model(model: nn.Module) -> dict:
         public = {k: v for k, v in vars(module).items() if k[0] != "_" and k != "training"}
         kinds = bool, int, float, str, tuple
         kept = {k: v for k, v in public.items() if isinstance(v, kinds)}
+        # a uuid, by which `PassStatistics` knows its layers, is another one in every model
+        kept = {k: v for k, v in kept.items() if not re.fullmatch("[0-9a-f]{32}", str(v))}
         text.append(f"{name}{plain_setting(kept)}")
     digest = hashlib.sha256("\n".join(text).encode()).hexdigest()[:12]
     count = sum(p.numel() for p in model.parameters())
@@ -359,6 +361,15 @@ def mark(record: dict) -> str:  # "35 of 35 runs recorded before digests, 12 of 
     parts = [f"{n} {words}" for words, n in counts.items()]
     return f"of {len(rows)} runs: {', '.join(parts)}" if parts else ""
 
+
+def _note(name: str, record: dict) -> str:
+    """The same for the readers of a page, in a sentence; nothing when no run is of older code."""
+    old, now = {"of other code", "recorded before digests"}, code_state()["commit"]
+    mades = [record["made"][row["made"]] for row in record["rows"]]
+    n = sum(m.get("commit") != now and bool(old & {*against(m)}) for m in mades)
+    return (f"† {name}: {n} of {len(mades)} runs were recorded by an older version of this code;\n"
+            "  the numbers may differ if they are made again\n") if n else ""
+
 # %% ../nbs/97_records.ipynb #cd4f5a60
 def record_files(folder: Path) -> list[Path]:
     """The results files of a folder, in both formats under one name."""
@@ -373,14 +384,14 @@ _SAID = set()  # the records whose mark has been shown in this process
 def find_record(
     name: str | Path,  # "cbl-images" for results/cbl-images.jsonl of the checkout, or a path
 ) -> dict:
-    """A record by name; a page prints its mark, once; FileNotFoundError that says what there is."""
+    """A record by name; a page prints its note, once; FileNotFoundError that says what there is."""
     folders = [at / "results" for at in (package_folder().parent, Path.cwd(), *Path.cwd().parents)]
     file = results_file(name).name
     for path in (results_file(name), *(folder / file for folder in folders)):
         if lines := read_lines(path):
             record = as_record(lines, lines[-1])
-            if hasattr(builtins, "__IPYTHON__") and path not in _SAID and (words := mark(record)):
-                print(f"† {path.stem}, {words}")  # on the page
+            if hasattr(builtins, "__IPYTHON__") and path not in _SAID:
+                print(_note(path.stem, record), end="")
             _SAID.add(path)
             return record
     found = sorted({path.stem for folder in folders for path in record_files(folder)})

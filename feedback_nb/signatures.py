@@ -257,7 +257,8 @@ def named_responses(
     for name, (layer, sign, t) in at.items():
         t = int(t) if t.isdigit() else t if sign else last
         need_number(0, last, whole=True, **{f"the pass of {name!r}": t})
-        found[name] = rows[layer][t].detach().cpu().numpy()
+        held = rows[layer][t].detach().cpu()  # NumPy has no bfloat16
+        found[name] = (held.float() if held.dtype == torch.bfloat16 else held).numpy()
     return found
 
 # %% ../nbs/37_signatures.ipynb #c054220a

@@ -152,10 +152,10 @@ def panel(net: dict, flow: str, images: list[str]) -> str:
 def numbers(net: dict) -> str:
     """What both readings answer, over all test digits."""
     percent = lambda flow, t: f"{100 * net[f'right_{flow}'][str(t)]:.0f} %"
-    return (f"Trained for four steps at strength {STRENGTH}, both readings answer "
-            f"{percent('literal', 4)} and {percent('through', 4)} of the {net['n_test']} test "
-            f"digits after four steps, and {percent('literal', LAST)} and "
-            f"{percent('through', LAST)} after {LAST}.")
+    return ("After four steps, as it was trained, the network on the left reads "
+            f"{percent('literal', 4)} of {net['n_test']} test digits correctly, and after {LAST} "
+            f"steps {percent('literal', LAST)}; the one on the right, which sees the image in "
+            f"every step, {percent('through', 4)} and {percent('through', LAST)}.")
 
 
 def moving(net: dict, template: list[str]) -> dict[str, str]:

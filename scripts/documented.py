@@ -39,6 +39,8 @@ HEADS = {
     "f1@2 as in training": "F1, σ = 2, as in training", "dice@0": "Dice", "iou@0": "IoU",
     "boundary@0": "F1 of the boundary", "ece@0": "calibration error",
     "dice@0.1": "Dice, σ = 0.1", "picard": "plain steps", "anderson": "Anderson"}
+LOW = re.compile(r"(diff_)?low(, .*)?$")  # a column that is followed by one with high
+CELL = re.compile(r"<t[dh][^>]*>[^<]*</t[dh]>\s*")
 CELLS = {"NaN": "–", "nan": "–", "None": "–", "NaT": "–", "&lt;NA&gt;": "–", "inf": "∞",
          "True": "yes", "False": "no"}
 
@@ -143,13 +145,47 @@ def badges(source: str) -> str:
     return re.sub(r"!\[([^\]]*)\]\(https?://[^)\s]*badge[^)\s]*\)", r"\1", source)
 
 
+def worded(head: str, otherwise: str = "") -> str:
+    """The head of a column in words, also of one variable of several: `a_prime, gain 1`."""
+    first, comma, rest = head.partition(", ")
+    return HEADS.get(head) or (HEADS[first] + comma + rest if "_" in first and first in HEADS
+                               else otherwise or head)
+
+
+def joined(match: re.Match) -> str:
+    """A table with every interval beside its value, `a (b, c)`: two columns less to scroll to."""
+    table = match[0]
+    words = lambda cell: html.unescape(re.sub("<[^>]+>", "", cell)).strip()
+    heads = [words(cell) for cell in CELL.findall(table.partition("</tr>")[0])]
+    at = [i - len(heads) for i in range(len(heads) - 2) if heads[i] and LOW.match(heads[i + 1])
+          and heads[i + 2] == heads[i + 1].replace("low", "high")]
+    if not at or "colspan" in table or len(CELL.findall(table)) != len(
+            re.findall(r"<t[dh][\s>]", table)):
+        return table
+
+    def row(match: re.Match) -> str:
+        cells = CELL.findall(match[2])  # counted from the right: a head may span rows
+        for i in reversed([len(cells) + i for i in at]):
+            value, low, high = map(words, cells[i:i + 3])
+            if "<th" in cells[i]:
+                value = f"{worded(value)} (95 % interval)" if value else ""
+            elif "NaN" not in (low, high):
+                value = f"{value} ({low},\u00a0{high})"
+            start = cells[i].partition(">")[0]
+            cells[i:i + 3] = [f"{start}>{html.escape(value)}</t{start[2]}>"]
+        return match[1] + "".join(cells) + match[3]
+
+    return re.sub(r"(<tr[^>]*>\s*)(.*?)(</tr>)", row, table, flags=re.S)
+
+
 def readable(data: dict, caption: str = "") -> None:
     """Tables in words: no column named like a variable, a dash where there is no number."""
     if "text/html" not in data or "<table" not in (
             text := "".join(data["text/html"])) or "<script" in text and "dataframe" not in text:
         return
+    text = re.sub(r"<table.*?</table>", joined, text, flags=re.S)
     text = re.sub(r"(<th[^>]*>)([^<]*)(</th>)",
-                  lambda m: m[1] + HEADS.get(m[2].strip(), m[2]) + m[3], text)
+                  lambda m: m[1] + worded(m[2].strip(), m[2]) + m[3], text)
     text = re.sub(r"<th>\s*</th>", "<td></td>", text)  # a head without words is none
     if caption:
         text = re.sub(r"(<table[^>]*>)", rf"\1<caption>{html.escape(caption)}</caption>", text,

@@ -226,6 +226,11 @@ class Louder(nn.Linear):
         return 100 * super().forward(x)
 
 
+class Tenfold(nn.Conv1d):  # as a convolution that standardises its weight
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, 10 * weight, bias)
+
+
 class Skip(nn.Sequential):
     def forward(self, x):
         return x + super().forward(x)
@@ -235,10 +240,19 @@ class Skip(nn.Sequential):
                          [(nn.GRU(4, 4), "GRU"), (nn.LayerNorm(4), "LayerNorm"),
                           (Louder(4, 4), "Louder"), (Skip(nn.Linear(4, 4)), "Skip"),
                           (nn.BatchNorm1d(4, track_running_stats=False), "BatchNorm1d"),
-                          (nn.InstanceNorm1d(4), "InstanceNorm1d"), ])
+                          (nn.InstanceNorm1d(4), "InstanceNorm1d"), (Tenfold(4, 4, 1), "Tenfold")])
 def test_a_layer_that_is_not_known_is_refused_by_name(layer, kind):
     with pytest.raises(ValueError, match=f"'1.0'.*{kind}"):
         lipschitz_upper(nn.Sequential(nn.Linear(4, 4), nn.Sequential(layer)).eval(), (4,))
+
+
+@pytest.mark.parametrize("pool, shape", [
+    (nn.MaxPool1d(3, 1), (8,)), (nn.MaxPool2d(3, 1), (8, 8)),
+    (nn.AvgPool2d(3, 1, padding=1), (8, 8)), (nn.AdaptiveAvgPool1d(2), (8,))])
+def test_a_picture_without_channels_is_not_pooled(pool, shape):
+    with pytest.raises(ValueError, match=f"'0', {type(pool).__name__}.*channels"):
+        lipschitz_upper(nn.Sequential(pool).eval(), shape)
+    assert lipschitz_upper(nn.Sequential(pool).eval(), (1, *shape)) > 0.5
 
 
 def test_a_network_that_is_being_trained_is_refused():

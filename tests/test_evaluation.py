@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, random_split
 
+from feedback_nb.cbl import CBL
 from feedback_nb.evaluation import (
     compare,
     crossed_interval,
@@ -541,6 +542,27 @@ def test_checkpoints_of_other_data_or_another_model_are_not_taken(other, tmp_pat
     model = partial(nn.Linear, 12, 3, bias=False) if other == "model" else net
     run({"a": model}, data, checkpoints=tmp_path / "c")
     assert len(set(folders)) == 2
+
+
+def wrapped_batch_norm():
+    net = nn.Sequential(nn.Linear(12, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 3))
+    return CBL(net, ["0", "2"], example=torch.zeros(2, 12))
+
+
+def test_runs_of_a_wrapped_batch_norm_are_found_again(tmp_path):
+    trained = []
+
+    def watched(model, data, *, checkpoint, **how):
+        trained.append(checkpoint)
+        return steps_only(model, data)
+
+    run = partial(compare, {"a": wrapped_batch_norm}, DATA, [0], progress=False, fit=watched,
+                  evaluate=quick_test, checkpoints=tmp_path / "c")
+    run(results=tmp_path / "runs")
+    run(results=tmp_path / "runs")  # which holds that run
+    assert len(trained) == 1
+    run()  # killed before the results were written: its checkpoints are found
+    assert len(trained) == 2 and trained[0] == trained[1]
 
 
 @pytest.mark.parametrize("name", ["../out", "..", "a/b", "/etc", "CNN, wider"])

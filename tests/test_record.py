@@ -266,15 +266,15 @@ def test_what_speaks_against_a_run(made, words):
     assert rec.against(made) == words
 
 
-def test_a_page_prints_the_mark_of_a_record_once(tmp_path, capsys, monkeypatch):
+def test_a_page_says_once_how_many_runs_are_of_older_code(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("builtins.__IPYTHON__", True, raising=False)
-    file = tmp_path / "runs.jsonl"
+    file, now = tmp_path / "runs.jsonl", rec.code_state()["commit"]
     for seed in (0, 1):
         run = {"model": "a", "seed": seed}
-        rec.merge_record(file, EMPTY, run, run, {"commit": "c", "dirty": seed == 1})
+        rec.merge_record(file, EMPTY, run, run, {"commit": "c" if seed else now, "dirty": True})
     rec.find_record(file)
     said = capsys.readouterr().out
-    assert said.startswith("† runs, of 2 runs:") and "1 of uncommitted code" in said
+    assert said.startswith("† runs: 1 of 2 runs") and max(map(len, said.splitlines())) <= 100
     rec.find_record(file)
     assert capsys.readouterr().out == ""
 

@@ -462,6 +462,13 @@ def test_names_of_layers_in_single_passes(x):
             named_responses(model, x, [wrong], steps=2)
 
 
+def test_responses_in_bfloat16_are_arrays_too(x):
+    model, x = small().bfloat16(), x.bfloat16()
+    found = named_responses(model, x, ["relu2@1"], steps=1)["relu2@1"]
+    held = responses(model, x, "relu2", steps=1)["relu2"][1]
+    assert held.dtype == torch.bfloat16 and torch.equal(torch.as_tensor(found), held.float())
+
+
 def stand_in(monkeypatch):
     """As little of Brain-Score's PytorchWrapper as the adapter rests on: what it is built with, and
     what it calls."""

@@ -2,6 +2,7 @@
 import base64
 import io
 import json
+import re
 import sys
 
 import numpy as np
@@ -88,6 +89,31 @@ def test_tables_speak_in_words(cell, shown):
     data = {"text/html": f"<table><tr>{cell}</tr></table>"}
     documented.readable(data)
     assert data["text/html"] == f"<table><tr>{shown}</tr></table>"
+
+
+def table_of(*rows):
+    cells = lambda row: "".join(cell if "<" in cell else f"<td>{cell}</td>" for cell in row)
+    return "<table>" + "".join(f"<tr>{cells(row)}</tr>\n" for row in rows) + "</table>"
+
+
+def test_an_interval_stands_beside_its_value():
+    heads = [f"<th>{h}</th>" for h in ("", "", "mean", "diff_low", "diff_high", "p_holm", "a_prime,"
+                                       " gain 1", "low, gain 1", "high, gain 1")]
+    two = "<th rowspan='2'>digits</th>"
+    data = {"text/html": table_of(heads, [two, "<th>CBL</th>", "1", "-2", "3", "0.5", *"456"],
+                                  ["<th>CNN</th>", "7", "NaN", "NaN", "NaN", "8", "9", "10"])}
+    documented.readable(data)
+    shown = re.findall(r"<t[dh][^>]*>([^<]*)<", data["text/html"])
+    assert shown == ["", "", "mean (95 % interval)", "p (Holm)", "A′, gain 1 (95 % interval)",
+                     "digits", "CBL", "1 (-2,\xa03)", "0.5", "4 (5,\xa06)",
+                     "CNN", "7", "–", "8 (9,\xa010)"]
+
+
+@pytest.mark.parametrize("heads", [("low", "high", "p"), ("", "low", "high"), ("a", "low", "p")])
+def test_bounds_without_a_value_stay_columns(heads):
+    data = {"text/html": table_of([f"<th>{h}</th>" for h in heads], ["1", "2", "3"])}
+    documented.readable(data)
+    assert data["text/html"].count("<td>") - ("" in heads) == 3 and "(2" not in data["text/html"]
 
 
 def test_a_table_that_sorts_speaks_in_words_and_a_page_of_its_own_is_left_alone():
