@@ -2,20 +2,33 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
+import small_project
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
-def bench(monkeypatch):
+def load(monkeypatch):
+    """A benchmark by its name; they all see their neighbours."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    spec = importlib.util.spec_from_file_location("bench", ROOT / "benchmarks/__main__.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+
+    def module(name):
+        path = ROOT / "benchmarks" / f"{name}.py"
+        spec = importlib.util.spec_from_file_location("bench " + name, path)
+        found = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(found)
+        return found
+
     return module
+
+
+@pytest.fixture
+def bench(load):
+    return load("__main__")
 
 
 def test_the_ratio_of_a_row_is_the_one_to_its_floor(bench):
@@ -48,7 +61,44 @@ def test_check_fails_above_a_bound_and_only_there(bench, monkeypatch, tmp_path, 
 
 
 def test_every_benchmark_of_the_table_can_be_recorded(bench):
-    assert {"caps", "cbl", "fftnet", "growth", "imports", "lrm", "methods",
+    assert {"book", "caps", "cbl", "fftnet", "growth", "imports", "lrm", "methods", "peers",
             "predictive", "unet"} <= set(bench.PARTS)
     for part in bench.PARTS:
         assert "--record" in (ROOT / f"benchmarks/{part}.py").read_text(), part
+
+
+def test_a_peer_that_is_missing_is_a_row_and_no_failure(bench, load, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "segmentation_models_pytorch", None)  # its import fails
+    threads, table = load("peers").torch.get_num_threads(), tmp_path / "rows.json"
+    load("peers").main(["--peers", "segmentation_models_pytorch", "--threads", str(threads),
+                        "--record", str(table)])
+    (row,) = json.loads(table.read_text())["rows"]
+    assert "pip install segmentation-models-pytorch" in row["missing"]
+    assert bench.bounded("peers", row) is None
+
+
+def test_both_sides_of_a_fixed_point_are_one_map(bench, load, monkeypatch):
+    torchdeq = pytest.importorskip("torchdeq", reason="the peer is not installed")
+    peers = load("peers")
+    args = peers.argparse.Namespace(batch=2, tol=1e-6, rounds=1, device="cpu")
+    _, ours, theirs, x, y = next(peers.solvers(torchdeq, args))
+    peers.torch.testing.assert_close(ours(x), theirs(x), atol=1e-4, rtol=1e-4)
+    monkeypatch.setattr(peers, "in_turn", lambda sides, rounds, device: [1.0, 3.0])
+    found = [bench.bounded("peers", row) for row in peers.rows("torchdeq", args)]
+    assert [row and (row["what"], row["ratio"]) for row in found] == [
+        None, ("fixed point, training", 3.0), None]
+
+
+def test_the_book_is_timed_and_never_executed(load, monkeypatch, tmp_path):
+    book, root = load("book"), small_project.make(tmp_path / "mini")
+    assert [set(row) for row in book.rows(root)] == [{"measured", "missing"}]
+    copies = [root / "_book" / "notebooks" / path.name for path in root.glob("nbs/*.ipynb")]
+    copies[0].parent.mkdir(parents=True)
+    for seconds, path in enumerate(copies, 1):
+        path.write_text(json.dumps({"metadata": {"book": {"seconds": seconds}}}))
+    stopped, total, slowest = book.rows(root)  # of other code, so they would be executed
+    assert "changed" in stopped["missing"] and all(path.is_file() for path in copies)
+    assert (total["seconds"], slowest["seconds"]) == (sum(range(1, len(copies) + 1)), len(copies))
+    monkeypatch.setattr(book, "again", lambda root: (2.0, 0))
+    row = next(book.rows(root))
+    assert (row["times 10 seconds"], row["bound"]) == (0.2, 1)
