@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -21,25 +22,16 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 import pages
-from frame import bare_index, key_in
+from frame import bare_index
 from project import notebooks, settings
-from running import copy_live, kept, key_of, replace, skipped
-from warm import Starter
+from running import copy_live, execute, kept, key_of, replace, skipped
 
 
 # ---------------------------------------------------------------- all of them
 
-# what a program of its own runs for each notebook, and what is imported for it before
-HERE = f"import sys; sys.path[0] = {str(Path(__file__).parent)!r}; from pathlib import Path; "
-EXECUTE = HERE + ("from running import execute; "
-                  "execute(*map(Path, sys.argv[1:4]), sys.argv[4])")
-PAGE = HERE + ("import pages; "
-               "pages.write(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), sys.argv[4])")
-BACKEND = "module://matplotlib_inline.backend_inline"  # as every kernel sets it
-KERNEL = ("torch", "torch._dynamo", "torchvision", "pandas", "sklearn.datasets", "scipy.stats",
-          "matplotlib.pyplot", "matplotlib.animation", "ipykernel.kernelapp", "ipykernel.ipkernel",
-          "nbformat", "nbclient", "jupyter_client.manager")
-READER = ("nbdev.showdoc", "nbdev.processors", "execnb.nbio", "bs4", "pypandoc", "yaml")
+def child(*args: object, env: dict[str, str]) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, __file__, *map(str, args)], env=env, capture_output=True,
+                          text=True)
 
 
 @contextmanager
@@ -55,7 +47,7 @@ def in_turn(jobs: int) -> Iterator[ThreadPoolExecutor]:
 
 
 def run_all(root: Path, paths: list[Path], out: Path, jobs: int,
-            start: Starter) -> dict[str, dict]:
+            env: dict[str, str]) -> dict[str, dict]:
     """Execute what changed, `jobs` at a time -> {name: what is known of its copy}."""
     environment = sys.version + "\n".join(sorted(f"{d.metadata['Name']}=={d.version}"
                                                  for d in distributions()
@@ -68,13 +60,10 @@ def run_all(root: Path, paths: list[Path], out: Path, jobs: int,
         if book := kept(path, copy, key):
             return path, book, "", True
         copy.unlink(missing_ok=True)
-        for run in (start, start.cold):  # a failure is never that of a fork alone
-            done = run(EXECUTE, root, path, copy, key)
-            book = json.loads(
-                copy.read_text(encoding="utf-8"))["metadata"]["book"] if copy.is_file() else None
-            if not (book and book["failed"]) or done.args[0] == sys.executable:
-                break
-        return path, book, done.stdout, False
+        done = child("--root", root, "--execute", path, copy, key, env=env)
+        book = json.loads(
+            copy.read_text(encoding="utf-8"))["metadata"]["book"] if copy.is_file() else None
+        return path, book, done.stderr, False
 
     with in_turn(jobs) as pool:
         for path, book, error, same in pool.map(one, paths):
@@ -99,7 +88,7 @@ def run_all(root: Path, paths: list[Path], out: Path, jobs: int,
 
 
 def write_pages(root: Path, out: Path, state: dict[str, dict], jobs: int,
-                start: Starter) -> list[str]:
+                env: dict[str, str]) -> list[str]:
     """Write the HTML pages that changed; returns what is wrong with them."""
     chapters = [c for c in pages.contents(root)
                 if c["stem"] in state]  # one may have come while the others ran
@@ -114,15 +103,14 @@ def write_pages(root: Path, out: Path, state: dict[str, dict], jobs: int,
         source = (root / "nbs" / chapter["notebook"]).read_bytes()
         key = hashlib.sha256(common.digest() + source + state[chapter["stem"]]["sum"].encode()
                              + json.dumps(state[chapter["stem"]]["failed"]).encode()).hexdigest()
-        if page.is_file() and key_in(page) == key:
+        if page.is_file() and pages.key_in(page) == key:
             return chapter["stem"], [], True
         page.unlink(missing_ok=True)
-        done = start(PAGE, root, chapter["stem"], out, key)
-        faults = [line.removeprefix(pages.FAULT) for line in done.stdout.splitlines()
-                  if line.startswith(pages.FAULT)]
+        done = child("--root", root, "--page", chapter["stem"], out, key, env=env)
+        faults = [line for line in done.stdout.splitlines() if line]
         if done.returncode or not page.is_file():
             faults.append("no page was written: "
-                          + (done.stdout.strip().splitlines() or ["no reason given"])[-1])
+                          + (done.stderr.strip().splitlines() or ["no reason given"])[-1])
         return chapter["stem"], faults, False
 
     with in_turn(jobs) as pool:
@@ -152,16 +140,28 @@ def main() -> int:
                         help="the project (default: this one)")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1),
                         help="notebooks that run at the same time (default: 2)")
+    parser.add_argument("--execute", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--page", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     root = args.root.resolve()
+    if args.execute:
+        execute(root, Path(args.execute[0]), Path(args.execute[1]), args.execute[2])
+        return 0
+    if args.page:
+        stem, out, key = args.page
+        (name, text, found), faults = pages.make(root, stem, Path(out), key)
+        replace(Path(out) / "search" / f"{name}.js", found)
+        replace(Path(out) / name, text.replace(f"<!-- key {key} -->", "<!-- with faults -->", 1)
+                if faults else text)  # so that the next run tries again
+        print("\n".join(faults))
+        return 0
     start, out = time.perf_counter(), root / "_book"
     paths = notebooks(root)
     if not paths:
         print(f"no notebook in {root / 'nbs'}: nothing to make a book of", file=sys.stderr)
         return 1
-    env = {k: v for k, v in os.environ.items() if k != "IN_TEST"} | {
-        "TQDM_DISABLE": "1", "PYTHONDONTWRITEBYTECODE": "1",
-        "MPLBACKEND": BACKEND}
+    env = {k: v for k, v in os.environ.items() if k not in ("MPLBACKEND", "IN_TEST")} | {
+        "TQDM_DISABLE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     if args.jobs > 1:
         env["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // args.jobs))
     if data := os.environ.get("FEEDBACK_NB_DATA"):
@@ -174,10 +174,8 @@ def main() -> int:
     for stale in (out / "notebooks").glob("*.ipynb"):
         if not (root / "nbs" / stale.name).is_file():
             stale.unlink()
-    with Starter(*KERNEL, env=env) as warm:
-        state = run_all(root, paths, out, args.jobs, warm)
-    with Starter(*READER, env=env) as warm:
-        faults = write_pages(root, out, state, args.jobs, warm)
+    state = run_all(root, paths, out, args.jobs, env)
+    faults = write_pages(root, out, state, args.jobs, env)
     for fault in faults:
         print(f"    FAULT in {fault}")
     broken = [stem for stem, book in state.items() if book["failed"]]

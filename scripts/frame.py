@@ -98,10 +98,3 @@ def bare_index(root: Path, chapters: list[dict]) -> str:
     chapter = dict(stem="index", notebook="", page="index.html", number="", title=cfg["lib_name"],
                    description=cfg.get("description", ""))
     return frame(root, chapters, chapter, listing(chapters), [], "", "")
-
-
-def key_in(page: Path) -> str:
-    """What the page was made from: `frame` writes it into the second line."""
-    with page.open(encoding="utf-8") as lines:
-        next(lines, "")
-        return next(lines, "").removeprefix("<!-- key ").removesuffix(" -->\n")

@@ -19,9 +19,7 @@ from urllib.parse import unquote
 from cells import KINDS, Page
 from frame import contents, frame, listing
 from project import settings
-from running import replace
 
-FAULT = "fault: "  # begins the line that tells one
 PANDOC = ("markdown+lists_without_preceding_blankline+autolink_bare_uris-implicit_figures"
           "-fancy_lists-example_lists-citations")
 
@@ -113,6 +111,12 @@ def names_page(root: Path, chapters: list[dict]) -> str:
     return frame(root, chapters, chapter, body, [], "", "")
 
 
+def key_in(page: Path) -> str:
+    with page.open(encoding="utf-8") as lines:
+        next(lines, "")
+        return next(lines, "").removeprefix("<!-- key ").removesuffix(" -->\n")
+
+
 def searched(chapter: dict, soup) -> str:
     """What the search finds on a page, as a script: a page opened as a file may not fetch. A row
     for each heading, with the text below it."""
@@ -184,12 +188,3 @@ def make(root: Path, stem: str, out: Path, key: str) -> tuple[tuple[str, str, st
         body += listing(chapters)
     return (chapter["page"],
             frame(root, chapters, chapter, body, headings, banner, key), found), page.faults
-
-
-def write(root: Path, stem: str, out: Path, key: str) -> None:
-    """Write a page and what the search finds on it; print what is wrong with it."""
-    (name, text, found), faults = make(root, stem, out, key)
-    replace(out / "search" / f"{name}.js", found)
-    replace(out / name, text.replace(f"<!-- key {key} -->", "<!-- with faults -->", 1)
-            if faults else text)  # so that the next run tries again
-    print("\n".join(FAULT + fault for fault in faults))

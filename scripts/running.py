@@ -14,7 +14,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import warm
 from project import directives, settings
 
 EXECUTION = "1"  # raise it when a change of this script changes what execution gives
@@ -112,7 +111,6 @@ def execute(root: Path, source: Path, copy: Path, key: str) -> None:
     import nbformat
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
-    from jupyter_client.provisioning import local_provisioner
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
@@ -131,8 +129,6 @@ def execute(root: Path, source: Path, copy: Path, key: str) -> None:
         manager._kernel_spec = KernelSpec(argv=[sys.executable, "-m", "ipykernel_launcher", "-f",
                                                 "{connection_file}"], display_name="Python",
                                           language="python")
-        if warm.spare:
-            local_provisioner.launch_kernel = warm.spare.launch
         if os.name == "posix":
             manager.transport = "ipc"  # two kernels that start together then share no port
         client = NotebookClient(
@@ -141,7 +137,7 @@ def execute(root: Path, source: Path, copy: Path, key: str) -> None:
             on_cell_execute=lambda cell, cell_index: current.__setitem__(0, cell_index),
         )
         try:
-            client.execute(cleanup_kc=True, stderr=subprocess.DEVNULL)
+            client.execute(stderr=subprocess.DEVNULL)
         except CellExecutionError as error:
             failed = [error.ename, error.evalue]
         except CellTimeoutError:
