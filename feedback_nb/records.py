@@ -364,9 +364,9 @@ def mark(record: dict) -> str:  # "35 of 35 runs recorded before digests, 12 of 
 
 def _note(name: str, record: dict) -> str:
     """The same for the readers of a page, in a sentence; nothing when no run is of older code."""
-    old, now = {"of other code", "recorded before digests"}, code_state()["commit"]
+    now = code_state()["commit"]  # what this very page has recorded is not old
     mades = [record["made"][row["made"]] for row in record["rows"]]
-    n = sum(m.get("commit") != now and bool(old & {*against(m)}) for m in mades)
+    n = sum(m.get("commit") != now and bool(against(m)) for m in mades)
     return (f"† {name}: {n} of {len(mades)} runs were recorded by an older version of this code;\n"
             "  the numbers may differ if they are made again\n") if n else ""
 

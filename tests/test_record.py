@@ -277,6 +277,10 @@ def test_a_page_says_once_how_many_runs_are_of_older_code(tmp_path, capsys, monk
     assert said.startswith("† runs: 1 of 2 runs") and max(map(len, said.splitlines())) <= 100
     rec.find_record(file)
     assert capsys.readouterr().out == ""
+    made = {"commit": "c", "dirty": True, "digest": "d", "notebook": "of nowhere"}
+    rec.merge_record(tmp_path / "dirty.jsonl", EMPTY, run, run, made)
+    rec.find_record(tmp_path / "dirty.jsonl")  # code that nobody committed is marked as well
+    assert capsys.readouterr().out.startswith("† dirty: 1 of 1 runs")
 
 
 # the code that a run depends on
